@@ -1,0 +1,55 @@
+# Every target makes its own virtual environment from the lock file; nothing need be installed
+# beforehand but Python 3.11-3.13 and make (and Java 17+ with Maven for the Apache Kafka tests).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: help setup demo test lint format bench train lock clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "streamrec needs Python 3.11 to 3.13, found %d.%d: set PYTHON=python3.x" % v)'
+ifneq ($(UV),)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+else
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+endif
+	@touch $@
+
+setup: $(STAMP) ## Make the virtual environment (.venv)
+
+demo: $(STAMP) ## Replay real events through broker, worker and Redis on this machine
+	$(BIN)/streamrec demo $(ARGS)
+
+test: $(STAMP) ## Run all tests (ARGS="-k name" to select)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Compare the worker with a plain aiokafka loop, same machine, same run
+	$(BIN)/python -m benchmarks $(ARGS)
+
+train: $(STAMP) ## Train the shipped ML-100K bundle again (minutes)
+	$(BIN)/streamrec models train-ml100k $(ARGS)
+
+lock: ## Resolve requirements.lock again (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info

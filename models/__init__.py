@@ -1,0 +1,1 @@
+"""Train, export, compress, evaluate and publish the bundles that worker/ serves."""
