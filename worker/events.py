@@ -1,0 +1,260 @@
+"""Decode and validate a batch of event records: bytes in, events or rejections out. No I/O.
+
+The contract is docs/events.md; its machine-readable form is docs/schema/user-event.v1.json, which
+`json_schema()` generates and a test keeps equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+
+SCHEMA_VERSION = 1
+#: Longest user, item and event id, in characters. Ids become Redis keys and labels of histories.
+MAX_ID_LENGTH = 256
+#: Earliest believable epoch in milliseconds (1973-03-03). A smaller number is nearly always a
+#: timestamp in seconds, which would silently sort before everything else.
+EARLIEST_TIMESTAMP_MS = 100_000_000_000
+
+Id = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_LENGTH)]
+
+
+class EventType(StrEnum):
+    """What the user did."""
+
+    VIEW = "view"
+    LIKE = "like"
+    COMMENT = "comment"
+    SHARE = "share"
+    FOLLOW = "follow"
+    CLICK = "click"
+    HIDE = "hide"
+
+
+#: Deliberate acts, which take back an earlier hide; a mere view or click does not.
+DELIBERATE_TYPES: frozenset[EventType] = frozenset(
+    {EventType.LIKE, EventType.COMMENT, EventType.SHARE, EventType.FOLLOW}
+)
+
+
+class Surface(StrEnum):
+    """Where it happened; each surface has its own items, histories and model."""
+
+    POSTS = "posts"
+    FRIENDS = "friends"
+    ADS = "ads"
+
+
+class Reason(StrEnum):
+    """Why a record cannot be used; the label of the dead-letter counter."""
+
+    EMPTY = "empty"
+    TOO_LARGE = "too_large"
+    NOT_UTF8 = "not_utf8"
+    NOT_JSON = "not_json"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    UNKNOWN_VALUE = "unknown_value"
+    INVALID_VALUE = "invalid_value"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    TIMESTAMP_RANGE = "timestamp_range"
+    TIMESTAMP_FUTURE = "timestamp_future"
+    WRONG_KEY = "wrong_key"
+    PROCESSING_FAILED = "processing_failed"
+
+
+class UserEvent(msgspec.Struct, frozen=True, gc=False):
+    """One event as producers send it (schema version 1). Unknown fields are ignored."""
+
+    user_id: Id
+    item_id: Id
+    event_type: EventType
+    #: RFC 3339 date-time (no offset means UTC) or epoch milliseconds.
+    timestamp: int | float | datetime
+    surface: Surface
+    #: Makes the event idempotent across producer retries, not only across redeliveries.
+    event_id: Id | None = None
+    text: str | None = None
+    context: dict[str, Any] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One Kafka record as the broker delivered it."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    #: Record time in epoch milliseconds (create or append time, as the topic is configured).
+    timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A valid event with its place in the log."""
+
+    user_id: str
+    item_id: str
+    event_type: EventType
+    surface: Surface
+    timestamp_ms: int
+    event_id: str | None
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that breaks the contract, and why."""
+
+    record: Record
+    reason: Reason
+    detail: str
+
+
+@dataclass(slots=True)
+class EventBatch:
+    """What a batch of records held: the valid events in order, and the rejected records."""
+
+    events: list[Event] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+class Decoder:
+    """Decodes records against the contract.
+
+    Args:
+        max_bytes: largest value in bytes; larger ones are rejected unread.
+        max_future_ms: how far ahead of `now_ms` a timestamp may lie, in milliseconds.
+        require_user_key: reject records whose key is not the user id. Kafka orders and places
+            records by key, so a wrong key breaks the order of a user's events.
+    """
+
+    def __init__(
+        self, *, max_bytes: int, max_future_ms: int, require_user_key: bool = True
+    ) -> None:
+        self._decode = msgspec.json.Decoder(UserEvent).decode
+        self._max_bytes = max_bytes
+        self._max_future_ms = max_future_ms
+        self._require_user_key = require_user_key
+
+    def decode(self, records: Sequence[Record], *, now_ms: int) -> EventBatch:
+        """Decode `records` in order. Never raises for what a record holds."""
+        batch = EventBatch()
+        events = batch.events
+        latest_ms = now_ms + self._max_future_ms
+        for record in records:
+            try:
+                events.append(self._decode_one(record, latest_ms))
+            except _ContractError as error:
+                batch.rejected.append(Rejected(record, error.reason, error.detail))
+        return batch
+
+    def _decode_one(self, record: Record, latest_ms: int) -> Event:
+        value = record.value
+        if not value:
+            raise _ContractError(Reason.EMPTY, "the record has no value")
+        if len(value) > self._max_bytes:
+            raise _ContractError(
+                Reason.TOO_LARGE, f"{len(value)} bytes; at most {self._max_bytes} are accepted"
+            )
+        # msgspec checks the strings it keeps; a field that it skips may hold anything.
+        if not value.isascii():
+            try:
+                value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _ContractError(
+                    Reason.NOT_UTF8, f"invalid UTF-8 at byte {error.start}: {error.reason}"
+                ) from None
+        try:
+            raw = self._decode(value)
+        except msgspec.ValidationError as error:
+            raise _ContractError(_classify(str(error)), str(error)) from None
+        except msgspec.DecodeError as error:
+            raise _ContractError(Reason.NOT_JSON, str(error)) from None
+        except RecursionError:
+            raise _ContractError(Reason.NOT_JSON, "nested too deeply") from None
+        if raw.schema_version != SCHEMA_VERSION:
+            raise _ContractError(
+                Reason.UNSUPPORTED_VERSION,
+                f"schema_version {_shown(raw.schema_version)}; this worker reads {SCHEMA_VERSION}",
+            )
+        if self._require_user_key and record.key != raw.user_id.encode("utf-8", "surrogatepass"):
+            raise _ContractError(
+                Reason.WRONG_KEY,
+                "the record key must be the user_id in UTF-8, since Kafka orders records by key",
+            )
+        return Event(
+            user_id=raw.user_id,
+            item_id=raw.item_id,
+            event_type=raw.event_type,
+            surface=raw.surface,
+            timestamp_ms=_timestamp_ms(raw.timestamp, latest_ms),
+            event_id=raw.event_id,
+            record=record,
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """The event contract as JSON Schema (draft 2020-12), as published in docs/schema/."""
+    (schema,), components = msgspec.json.schema_components([UserEvent])
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:streamrec:user-event:v{SCHEMA_VERSION}",
+        **schema,
+        "$defs": components,
+    } | {"$ref": "#/$defs/UserEvent"}
+
+
+class _ContractError(Exception):
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def _classify(message: str) -> Reason:
+    """Which reason a msgspec validation message stands for."""
+    if "missing required field" in message:
+        return Reason.MISSING_FIELD
+    if message.startswith("Invalid enum value"):
+        return Reason.UNKNOWN_VALUE
+    if " of length " in message or message.startswith(("Invalid", "Integer")):
+        return Reason.INVALID_VALUE
+    return Reason.WRONG_TYPE
+
+
+def _timestamp_ms(value: int | float | datetime, latest_ms: int) -> int:
+    if isinstance(value, datetime):
+        aware = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+        milliseconds = aware.timestamp() * 1000.0
+    else:
+        milliseconds = value
+    # A float may be infinite or not a number only through overflow such as 1e999.
+    if not EARLIEST_TIMESTAMP_MS <= milliseconds < 1e15:
+        raise _ContractError(
+            Reason.TIMESTAMP_RANGE,
+            f"timestamp {_shown(value)} is not epoch milliseconds after 1973-03-03"
+            " (is it in seconds?) or an ISO 8601 date",
+        )
+    if milliseconds > latest_ms:
+        raise _ContractError(
+            Reason.TIMESTAMP_FUTURE,
+            f"timestamp {_shown(value)} lies {int(milliseconds - latest_ms)} ms past the accepted future;"
+            " check the producer's clock",
+        )
+    return int(milliseconds)
+
+
+def _shown(value: object) -> str:
+    # Python refuses to print integers of more than 4,300 digits; such a message helps nobody.
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"(a number of {value.bit_length()} bits)"
+    return str(value)

@@ -1,0 +1,95 @@
+"""Time-decayed popularity per surface, learned from the stream: the fallback's candidates. No I/O.
+
+Forward decay (Cormode et al., ICDE 2009): an event at time t weighs 2^(t / half-life), so that
+weights need no touching as time passes. Weights are kept as their base-2 logarithm, which never
+overflows. One table per surface and partition, each owned by the partition's worker, with the
+offset up to which it has counted: a redelivered event is not counted twice.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from math import log2
+
+from worker.events import EventType
+
+#: How much an act says, beside a view. Hide takes nothing back: it is one user's wish.
+EVENT_WEIGHTS: Mapping[EventType, float] = {
+    EventType.VIEW: 1.0,
+    EventType.CLICK: 1.0,
+    EventType.LIKE: 2.0,
+    EventType.COMMENT: 3.0,
+    EventType.SHARE: 4.0,
+    EventType.FOLLOW: 4.0,
+    EventType.HIDE: 0.0,
+}
+
+
+class PopularityTable:
+    """Log2 weights of at most `max_items` items, counted from one partition."""
+
+    def __init__(self, *, half_life_ms: int, max_items: int) -> None:
+        self._half_life_ms = half_life_ms
+        self._max_items = max_items
+        self.weights: dict[str, float] = {}
+        #: Last offset counted and its record time in ms; -1 where none was.
+        self.offset = -1
+        self.record_time_ms = -1
+        #: Items changed and removed since `take_changes`.
+        self._changed: set[str] = set()
+        self._removed: set[str] = set()
+
+    def add(
+        self, item: str, event_type: EventType, at_ms: int, *, offset: int, record_time_ms: int
+    ) -> None:
+        """Count one event, unless this offset was counted before."""
+        if offset <= self.offset and record_time_ms <= self.record_time_ms:
+            return
+        self.offset = offset
+        self.record_time_ms = max(self.record_time_ms, record_time_ms)
+        weight = EVENT_WEIGHTS[event_type]
+        if weight <= 0.0:
+            return
+        amount = log2(weight) + at_ms / self._half_life_ms
+        self.weights[item] = log2_add(self.weights.get(item), amount)
+        self._changed.add(item)
+        self._removed.discard(item)
+        if len(self.weights) > 2 * self._max_items:
+            self._prune()
+
+    def _prune(self) -> None:
+        kept = heapq.nlargest(self._max_items, self.weights.items(), key=lambda pair: pair[1])
+        dropped = self.weights.keys() - {item for item, _ in kept}
+        self.weights = dict(kept)
+        self._changed -= dropped
+        self._removed |= dropped
+
+    def take_changes(self) -> tuple[dict[str, float], list[str]]:
+        """Weights changed and items removed since the last call."""
+        changed = {item: self.weights[item] for item in self._changed}
+        removed = list(self._removed)
+        self._changed = set()
+        self._removed = set()
+        return changed, removed
+
+
+def log2_add(left: float | None, right: float) -> float:
+    """log2(2^left + 2^right) without overflow; None stands for a weight of zero."""
+    if left is None:
+        return right
+    high, low = (left, right) if left >= right else (right, left)
+    gap = high - low
+    return high if gap > 60.0 else high + log2(1.0 + 2.0**-gap)
+
+
+def most_popular(tables: Iterable[Mapping[str, float]], count: int) -> list[tuple[str, float]]:
+    """The `count` heaviest items over all tables with their log2 weight, heaviest first.
+
+    Ties go to the smaller item id, so that workers agree.
+    """
+    total: dict[str, float] = {}
+    for table in tables:
+        for item, weight in table.items():
+            total[item] = log2_add(total.get(item), weight)
+    return heapq.nsmallest(count, total.items(), key=lambda pair: (-pair[1], pair[0]))
