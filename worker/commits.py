@@ -51,7 +51,9 @@ class OffsetTracker(Generic[P]):
             raise ValueError(f"offsets [{first}, {next_}) of {partition} after {after}")
         span = Span(first, next_, events)
         spans.append(span)
-        self._position.setdefault(partition, first)
+        if partition not in self._position:
+            # Where reading began is what the group had committed, or the start of the log.
+            self._position[partition] = self._committed[partition] = first
         self.in_flight += events
         return span
 
@@ -75,21 +77,18 @@ class OffsetTracker(Generic[P]):
         return {
             partition: position
             for partition, position in self._position.items()
-            if self._committed.get(partition, -1) < position
-            and (partition in self._committed or self._moved(partition))
+            if self._committed[partition] < position
         }
-
-    def _moved(self, partition: P) -> bool:
-        # Before the first commit the position is where reading began: nothing to commit yet
-        # unless a span has finished since.
-        spans = self._spans.get(partition)
-        return not spans or spans[0].first != self._position[partition]
 
     def committed(self, offsets: dict[P, int]) -> None:
         """Note that the broker accepted `offsets`."""
         for partition, offset in offsets.items():
             if partition in self._position:
-                self._committed[partition] = max(offset, self._committed.get(partition, -1))
+                self._committed[partition] = max(offset, self._committed[partition])
+
+    def positions(self) -> dict[P, int]:
+        """Start of the first unfinished offset per partition."""
+        return dict(self._position)
 
     def unfinished(self) -> list[P]:
         """Partitions with a span in flight."""

@@ -36,9 +36,9 @@ class PopularityTable:
         #: Last offset counted and its record time in ms; -1 where none was.
         self.offset = -1
         self.record_time_ms = -1
-        #: Items changed and removed since `take_changes`.
-        self._changed: set[str] = set()
-        self._removed: set[str] = set()
+        #: Items changed and removed since `clear_changes`.
+        self.changed: set[str] = set()
+        self.removed: set[str] = set()
 
     def add(
         self, item: str, event_type: EventType, at_ms: int, *, offset: int, record_time_ms: int
@@ -53,8 +53,8 @@ class PopularityTable:
             return
         amount = log2(weight) + at_ms / self._half_life_ms
         self.weights[item] = log2_add(self.weights.get(item), amount)
-        self._changed.add(item)
-        self._removed.discard(item)
+        self.changed.add(item)
+        self.removed.discard(item)
         if len(self.weights) > 2 * self._max_items:
             self._prune()
 
@@ -62,16 +62,17 @@ class PopularityTable:
         kept = heapq.nlargest(self._max_items, self.weights.items(), key=lambda pair: pair[1])
         dropped = self.weights.keys() - {item for item, _ in kept}
         self.weights = dict(kept)
-        self._changed -= dropped
-        self._removed |= dropped
+        self.changed -= dropped
+        self.removed |= dropped
 
-    def take_changes(self) -> tuple[dict[str, float], list[str]]:
-        """Weights changed and items removed since the last call."""
-        changed = {item: self.weights[item] for item in self._changed}
-        removed = list(self._removed)
-        self._changed = set()
-        self._removed = set()
-        return changed, removed
+    def copy_changes(self) -> PopularityTable:
+        """A snapshot to write, and a clean slate here: the two may then go on side by side."""
+        snapshot = PopularityTable(half_life_ms=self._half_life_ms, max_items=self._max_items)
+        snapshot.weights = {item: self.weights[item] for item in self.changed}
+        snapshot.offset, snapshot.record_time_ms = self.offset, self.record_time_ms
+        snapshot.changed, self.changed = self.changed, set()
+        snapshot.removed, self.removed = self.removed, set()
+        return snapshot
 
 
 def log2_add(left: float | None, right: float) -> float:

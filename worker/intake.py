@@ -1,0 +1,265 @@
+"""Record batches out of Faust, and offsets back in.
+
+Faust keeps what it does well: group membership, assignment, rebalance, the supervisor. What it
+does per event (a Message, an Event, an acknowledgement each) limits a worker to 17.9 thousand
+events a second and is where events get lost (docs/design.md, "Faust"). So this module subclasses
+Faust's own pluggable classes, `Transport` and `Consumer`, and hands records over by the batch.
+
+Contract:
+
+- `BatchConsumer` puts `RecordBatch`es, in offset order per partition, on the channel given to
+  `BatchTransport`. Each begins a span in an `OffsetTracker`.
+- The receiver calls `batch.start()` before it works on a batch, and drops the batch where that
+  says False: its partition was taken away while the batch waited.
+- The receiver calls `batch.finish()` once all effects of the batch are durable. Nothing else moves
+  an offset: an exception, a cancelled task or a crash leaves the batch uncommitted.
+- Offsets are committed for the contiguous finished prefix only, every `commit_interval_s`, before
+  partitions are given up, and at a stop. A failed commit is retried; it never crashes the worker.
+- At most `max_in_flight_events` events (and one fetch more) are unfinished; beyond that fetching
+  stops until some are finished.
+- On revocation, batches not yet started are dropped; started ones are waited for, at most
+  `shutdown_timeout_s`. Whatever is unfinished then is read again by the next owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, AppT, ChannelT
+
+from worker.commits import OffsetTracker, Span
+from worker.events import Record
+from worker.metrics import Metrics
+
+
+@dataclass(slots=True, eq=False)
+class RecordBatch:
+    """Records of one partition, in offset order."""
+
+    partition: TP
+    records: Sequence[Record]
+    #: `time.monotonic()` when the records left the fetcher.
+    read_at: float
+    _span: Span
+    _consumer: BatchConsumer = field(repr=False)
+    _started: bool = False
+    _abandoned: bool = False
+
+    def start(self) -> bool:
+        """Whether the batch is still ours to work on."""
+        self._started = not self._abandoned
+        return self._started
+
+    def finish(self) -> None:
+        """All effects are durable: the offsets may be committed."""
+        self._consumer.finish(self)
+
+
+class BatchConsumerThread(driver.AIOKafkaConsumerThread):
+    """The thread that talks to Kafka; a failed commit is reported, not fatal."""
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        consumer = self._ensure_consumer()
+        assignment = self.assignment()
+        wanted = {
+            driver.ensure_aiokafka_TP(tp): driver.OffsetAndMetadata(offset, "")
+            for tp, offset in offsets.items()
+            if tp in assignment
+        }
+        if not wanted:
+            return False
+        try:
+            await consumer.commit(wanted)
+        except Exception as error:
+            # Also when the group moved on: what is not committed is read again, never lost.
+            self.log.warning("commit_failed error=%r; it is tried again", error)
+            return False
+        return True
+
+
+class BatchConsumer(driver.Consumer):
+    """Faust's aiokafka consumer, by the batch."""
+
+    transport: BatchTransport
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tracker: OffsetTracker[TP] = OffsetTracker()
+        #: Next offset that the broker would write, per partition, as last seen.
+        self.end_offsets: dict[TP, int] = {}
+        #: `time.monotonic()` of the last finished batch, assignment, or time with nothing to do.
+        self.progress_at = time.monotonic()
+        self._batches: dict[TP, list[RecordBatch]] = {}
+        self._changed = asyncio.Event()
+
+    def _new_consumer_thread(self) -> BatchConsumerThread:
+        return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    # -- reading
+
+    async def _drain_messages(self, fetcher: Any) -> None:
+        """Faust's fetcher service runs this: fetch, hand over, for as long as both live."""
+        while not (self.should_stop or fetcher.should_stop):
+            await self._wait_for_room(fetcher)
+            records, active = await self._wait_next_records(1.0)
+            if not records or self.should_stop:
+                await asyncio.sleep(0)
+                continue
+            if not self.flow_active:
+                # A rebalance began while the fetch was under way. These records were not handed
+                # over; the next assignment starts from the committed offsets.
+                continue
+            read_at = time.monotonic()
+            for tp, raw in records.items():
+                if raw and (active is None or tp in active) and self.flow_active:
+                    await self._hand_over(TP(tp.topic, tp.partition), raw, read_at)
+
+    async def _wait_for_room(self, fetcher: Any) -> None:
+        limit = self.transport.max_in_flight_events
+        while self.tracker.in_flight >= limit and not (self.should_stop or fetcher.should_stop):
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+            except TimeoutError:
+                continue
+
+    async def _hand_over(self, tp: TP, raw: Sequence[Any], read_at: float) -> None:
+        records = [
+            Record(r.topic, r.partition, r.offset, r.key, r.value, r.timestamp) for r in raw
+        ]
+        first, next_ = records[0].offset, records[-1].offset + 1
+        self.end_offsets[tp] = max(self.highwater(tp) or 0, next_)
+        if not self.tracker.unfinished():
+            # Idle until now: a stall is measured from here.
+            self.progress_at = read_at
+        batch = RecordBatch(
+            tp, records, read_at, self.tracker.begin(tp, first, next_, len(records)), self
+        )
+        self._batches.setdefault(tp, []).append(batch)
+        await self.wait_first(self.transport.batches.put(batch), self.suspend_flow.wait())
+
+    # -- finishing and committing
+
+    def finish(self, batch: RecordBatch) -> None:
+        """Note that all effects of `batch` are durable."""
+        if not self.tracker.finish(batch.partition, batch._span):
+            return
+        self._batches[batch.partition].remove(batch)
+        self.progress_at = time.monotonic()
+        self._changed.set()
+
+    def lag(self) -> dict[TP, int]:
+        """Events on the broker and not yet finished, per assigned partition, as last seen."""
+        lags = {}
+        for tp, position in self.tracker.positions().items():
+            lags[tp] = max(0, self.end_offsets.get(tp, position) - position)
+        return lags
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
+        return (
+            tp
+            for tp in self.tracker.committable()
+            if topics is None or tp in topics or tp.topic in topics
+        )
+
+    def _new_offset(self, tp: TP) -> int | None:
+        return self.tracker.committable().get(tp)
+
+    async def _commit_tps(self, tps: Iterable[TP], start_new_transaction: bool) -> bool:
+        offsets = {
+            tp: offset for tp in tps if (offset := self._new_offset(tp)) is not None
+        }
+        if not offsets:
+            return False
+        committed = await self._commit(offsets)
+        if committed:
+            self.tracker.committed(offsets)
+            self.app.monitor.on_tp_commit(offsets)
+        self.transport.metrics.commits.labels("ok" if committed else "failed").inc()
+        return committed
+
+    async def wait_empty(self) -> None:
+        """Wait, a bounded time, for started batches; then commit. Others are dropped."""
+        for batches in self._batches.values():
+            for batch in batches:
+                batch._abandoned = not batch._started
+        deadline = time.monotonic() + self.transport.shutdown_timeout_s
+        while any(b._started for batches in self._batches.values() for b in batches):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                self.log.warning(
+                    "drain_timed_out unfinished_events=%d; they are read again",
+                    self.tracker.in_flight,
+                )
+                break
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), min(remaining, 1.0))
+            except TimeoutError:
+                continue
+        await self.commit_and_end_transactions()
+
+    # -- rebalance
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """Drain and commit (in the parent, through `wait_empty`), then forget everything."""
+        await super().on_partitions_revoked(revoked)
+        for batches in self._batches.values():
+            for batch in batches:
+                batch._abandoned = True
+        self._batches.clear()
+        self.tracker.forget()
+        self.end_offsets.clear()
+        self._changed.set()
+        self.transport.on_change(frozenset())
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """Start afresh from the committed offsets of `assigned`."""
+        self.progress_at = time.monotonic()
+        self.transport.on_change(frozenset(assigned))
+        await super().on_partitions_assigned(assigned, generation_id)
+        self.progress_at = time.monotonic()
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Faust's stall messages rest on per-event bookkeeping; worker/health.py watches here."""
+
+
+class BatchTransport(driver.Transport):
+    """Faust's aiokafka transport with `BatchConsumer`.
+
+    Args:
+        batches: channel that record batches are put on.
+        max_in_flight_events: events handed over and unfinished, beyond which fetching stops.
+        shutdown_timeout_s: longest wait for started batches when partitions are given up.
+        on_change: called with the assigned partitions, and with none when they are revoked.
+    """
+
+    Consumer: ClassVar[Any] = BatchConsumer
+
+    def __init__(
+        self,
+        url: Any,
+        app: AppT,
+        *,
+        batches: ChannelT,
+        max_in_flight_events: int,
+        shutdown_timeout_s: float,
+        metrics: Metrics,
+        on_change: Callable[[frozenset[TP]], None],
+    ) -> None:
+        super().__init__(url, app)
+        self.batches = batches
+        self.max_in_flight_events = max_in_flight_events
+        self.shutdown_timeout_s = shutdown_timeout_s
+        self.metrics = metrics
+        self.on_change = on_change
+
+
+def batch_consumer(app: AppT) -> BatchConsumer:
+    """The consumer of an app whose transport is a `BatchTransport`."""
+    return cast(BatchConsumer, app.consumer)

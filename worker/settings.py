@@ -1,0 +1,215 @@
+"""Every setting of the worker: one typed object, read from `STREAMREC_...` and command-line flags.
+
+A name ends in its unit (`_s`, `_ms`, `_mb`, `_bytes`); what has none is a count or a name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from worker.errors import SettingsError
+from worker.events import Surface
+
+PREFIX = "STREAMREC_"
+
+
+class Settings(BaseSettings):
+    """Settings of one worker process. Immutable."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    # Kafka
+    kafka: str = Field(
+        "127.0.0.1:9092", description="Kafka bootstrap servers, host:port, comma-separated."
+    )
+    group: str = Field("streamrec", min_length=1, description="Consumer group of the workers.")
+    events_topic: str = Field("user-events", description="Topic that events are read from.")
+    recommendations_topic: str = Field(
+        "recommendations", description="Topic that recommendations are published to."
+    )
+    dead_letter_topic: str = Field(
+        "user-events.dead-letter", description="Topic for records that cannot be used."
+    )
+    create_topics: bool = Field(
+        False, description="Make missing topics at start (partitions and replication as below)."
+    )
+    topic_partitions: int = Field(4, ge=1, description="Partitions of a topic that is made.")
+    topic_replication: int = Field(1, ge=1, description="Replication of a topic that is made.")
+    instance_id: str | None = Field(
+        None, description="Static group membership id (pod name), so that a restart moves nothing."
+    )
+    session_timeout_s: float = Field(
+        30.0, ge=1.0, description="Kafka gives a silent worker's partitions away after this."
+    )
+    rebalance_timeout_s: float = Field(
+        30.0, ge=1.0, description="Longest that Kafka waits for workers to rejoin the group."
+    )
+    commit_interval_s: float = Field(
+        1.0, gt=0.0, description="Time between commits of finished offsets."
+    )
+
+    # Redis
+    redis: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis URL (redis://, rediss:// or unix://); may hold a password.",
+    )
+    redis_timeout_ms: int = Field(
+        2000, ge=1, description="Longest that one Redis round trip may take."
+    )
+    recommendations_ttl_s: int = Field(
+        7 * 86400, ge=1, description="Recommendations expire after this, give or take 10 %."
+    )
+    history_ttl_s: int = Field(
+        90 * 86400, ge=1, description="Histories expire this long after the user's last event."
+    )
+
+    # Model
+    registry: Path = Field(
+        Path("models/shipped"), description="Directory of bundles, <registry>/<name>/<version>/."
+    )
+    models: str = Field(
+        "posts=posts",
+        description="Which model serves which surface: surface=name[@version], comma-separated."
+        " Without a version: the promoted one, else the newest.",
+    )
+    registry_poll_s: float = Field(
+        2.0, gt=0.0, description="How often the registry is looked at for a new version."
+    )
+    inference_threads: int = Field(
+        1, ge=1, le=64, description="Threads of one ONNX Runtime session."
+    )
+    top_k: int = Field(10, ge=1, le=1000, description="Length of a recommendation list.")
+    rules: Path | None = Field(None, description="JSON file of rules: block, allow, author caps.")
+
+    # Events and histories
+    event_max_bytes: int = Field(65536, ge=64, description="Larger events are dead letters.")
+    event_max_future_s: float = Field(
+        300.0, ge=0.0, description="Events further ahead of the clock are dead letters."
+    )
+    require_user_key: bool = Field(
+        True, description="Events whose record key is not the user id are dead letters."
+    )
+    history_length: int = Field(
+        200, ge=1, le=10000, description="Items kept per user and surface; none is shown again."
+    )
+    history_cache_mb: float = Field(
+        256.0, gt=0.0, description="Bound on the memory for histories cached in the worker."
+    )
+    popularity_half_life_s: float = Field(
+        7 * 86400.0, gt=0.0, description="Event time in which popularity halves."
+    )
+    popularity_max_items: int = Field(
+        10000, ge=10, description="Items counted per surface and partition."
+    )
+
+    # Batching
+    batch_max_events: int = Field(512, ge=1, description="Largest micro-batch.")
+    batch_max_wait_ms: float = Field(
+        5.0, ge=0.0, description="Longest that a batch waits for more events."
+    )
+    max_in_flight_events: int = Field(
+        8192, ge=1, description="Events read and not yet finished; beyond it, reading pauses."
+    )
+
+    # Operation
+    http_host: str = Field(
+        "127.0.0.1", description="Address for /metrics, /livez, /readyz (0.0.0.0 in a pod)."
+    )
+    http_port: int = Field(8080, ge=0, le=65535, description="Port for it; 0 takes a free one.")
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0.0,
+        description="With events waiting and none finished for this long, the process exits.",
+    )
+    startup_timeout_s: float = Field(
+        60.0, ge=0.0, description="Longest wait for Kafka and Redis at start."
+    )
+    shutdown_timeout_s: float = Field(
+        20.0, gt=0.0, description="Longest wait for batches in flight at a stop or rebalance."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is logged."
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _models_parse(cls, value: str) -> str:
+        parse_models(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_in_flight_events < self.batch_max_events:
+            raise ValueError(
+                f"{PREFIX}MAX_IN_FLIGHT_EVENTS ({self.max_in_flight_events}) must not be less than"
+                f" {PREFIX}BATCH_MAX_EVENTS ({self.batch_max_events})"
+            )
+        return self
+
+    @property
+    def models_by_surface(self) -> dict[Surface, ModelChoice]:
+        """The `models` setting, parsed."""
+        return parse_models(self.models)
+
+
+class ModelChoice:
+    """A model's name in the registry and, where pinned, its version."""
+
+    __slots__ = ("name", "version")
+
+    def __init__(self, name: str, version: str | None) -> None:
+        self.name = name
+        self.version = version
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ModelChoice)
+            and (self.name, self.version) == (other.name, other.version)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.version))
+
+
+def parse_models(value: str) -> dict[Surface, ModelChoice]:
+    """Parse `surface=name[@version],...`.
+
+    Raises:
+        ValueError: a part has another form, an unknown surface, or a surface comes twice.
+    """
+    choices: dict[Surface, ModelChoice] = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        surface_name, equals, reference = part.partition("=")
+        name, _, version = reference.partition("@")
+        if not equals or not name:
+            raise ValueError(f"{part!r} is not surface=name[@version]")
+        if surface_name not in {surface.value for surface in Surface}:
+            known = ", ".join(surface.value for surface in Surface)
+            raise ValueError(f"unknown surface {surface_name!r}; known: {known}")
+        surface = Surface(surface_name)
+        if surface in choices:
+            raise ValueError(f"surface {surface_name!r} is named twice")
+        choices[surface] = ModelChoice(name, version or None)
+    return choices
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Settings from the environment, overridden by those `flags` that are not None.
+
+    Raises:
+        SettingsError: a value is missing or out of range; the message names every such setting.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            place = PREFIX + str(item["loc"][0]).upper() + ": " if item["loc"] else ""
+            message = str(item["msg"]).removeprefix("Value error, ")
+            shown = "" if not item["loc"] or item["loc"][0] == "redis" else f" (got {item['input']!r})"
+            problems.append(f"{place}{message}{shown}")
+        raise SettingsError("; ".join(problems)) from None
