@@ -93,7 +93,6 @@ class Metrics:
         self.produce_errors = Counter(
             "streamrec_produce_errors",
             "Failed writes to Kafka; each is retried.",
-            ["topic"],
             registry=registry,
         )
         self.inference_errors = Counter(

@@ -1,0 +1,404 @@
+"""The loop that joins the steps; the only module that knows their order.
+
+    record batches -> micro-batch -> decode -> histories -> score -> rank
+                   -> Redis, output topic, dead letters -> finish (offsets may be committed)
+
+Two stages run side by side: while the effects of one micro-batch are written, the next is computed.
+Each stage works on one micro-batch at a time, in order, so one user's events keep theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+from aiokafka.errors import KafkaError
+from numpy.typing import NDArray
+
+from worker.bundle import Bundle
+
+from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey
+from worker.events import Decoder, Event, EventBatch, Reason, Record, Rejected, Surface
+from worker.histories import Histories
+from worker.history import History
+from worker.intake import RecordBatch
+from worker.metrics import Metrics
+from worker.models import Models
+from worker.outbox import Outbox, Outgoing, dead_letter_record, recommendation_record
+from worker.popularity import PopularityTable, most_popular
+from worker.ranking import Filter, Origin, Recommendations
+from worker.retry import until_it_works
+from worker.rules import Rules
+from worker.scorer import Candidates, model_inputs, score
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: What a lost or failing Kafka raises from a producer.
+KAFKA_FAILURES = (KafkaError, OSError, TimeoutError)
+#: Items and scores of one list, best first.
+Ranked = tuple[list[str], list[float]]
+
+FALLBACK_VERSION = "popularity"
+#: Candidates of the fallback are found anew after this many seconds at most.
+POPULAR_REFRESH_S = 1.0
+
+
+@dataclass(slots=True)
+class Effects:
+    """All that a micro-batch changes outside this process."""
+
+    batches: Sequence[RecordBatch]
+    histories: dict[UserKey, bytes] = field(default_factory=dict)
+    recommendations: dict[UserKey, Recommendations] = field(default_factory=dict)
+    popularity: dict[PartitionKey, PopularityTable] = field(default_factory=dict)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+class Pipeline:
+    """Turns record batches into recommendations. One per worker."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        cache: Cache,
+        outbox: Outbox,
+        models: Models,
+        rules: Rules,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._outbox = outbox
+        self._models = models
+        self._metrics = metrics
+        self._decoder = Decoder(
+            max_bytes=settings.event_max_bytes,
+            max_future_ms=int(settings.event_max_future_s * 1000),
+            require_user_key=settings.require_user_key,
+        )
+        self._filters = {surface: Filter(rules, surface) for surface in Surface}
+        self._histories = Histories(
+            self._read_histories,
+            length=settings.history_length,
+            max_bytes=settings.history_cache_mb * 1e6,
+            metrics=metrics,
+        )
+        self._popularity: dict[PartitionKey, PopularityTable] = {}
+        self._popular: dict[Surface, tuple[float, list[tuple[str, float]]]] = {}
+        self._incoming: asyncio.Queue[RecordBatch] = asyncio.Queue(maxsize=1)
+        self._computed: asyncio.Queue[Effects] = asyncio.Queue(maxsize=1)
+        self._generation = 0
+
+    # -- the two stages
+
+    async def put(self, batch: RecordBatch) -> None:
+        """Hand in a record batch; waits while the pipeline is busy."""
+        await self._incoming.put(batch)
+
+    async def run(self) -> None:
+        """Both stages, until cancelled. An exception here is a defect: the process must restart."""
+        async with asyncio.TaskGroup() as stages:
+            stages.create_task(self._compute_stage())
+            stages.create_task(self._write_stage())
+
+    def forget(self) -> None:
+        """The partitions were taken away: another worker may change their users from now on."""
+        self._generation += 1
+        self._histories.clear()
+        self._popularity.clear()
+        self._popular.clear()
+
+    async def _compute_stage(self) -> None:
+        while True:
+            batches = await self._collect()
+            started = [batch for batch in batches if batch.start()]
+            if not started:
+                continue
+            await self._computed.put(await self.compute(started))
+
+    async def _collect(self) -> list[RecordBatch]:
+        """Record batches for one micro-batch: by count, and by time since the first."""
+        first = await self._incoming.get()
+        collected, events = [first], len(first.records)
+        deadline = time.monotonic() + self._settings.batch_max_wait_ms / 1000.0
+        while events < self._settings.batch_max_events:
+            wait_s = deadline - time.monotonic()
+            try:
+                batch = (
+                    self._incoming.get_nowait()
+                    if wait_s <= 0
+                    else await asyncio.wait_for(self._incoming.get(), wait_s)
+                )
+            except (TimeoutError, asyncio.QueueEmpty):
+                break
+            collected.append(batch)
+            events += len(batch.records)
+        return collected
+
+    async def _write_stage(self) -> None:
+        while True:
+            effects = await self._computed.get()
+            await self.write(effects)
+            now = time.monotonic()
+            for batch in effects.batches:
+                batch.finish()
+                for _ in batch.records:
+                    self._metrics.event_seconds.observe(now - batch.read_at)
+
+    # -- computing
+
+    async def compute(self, batches: Sequence[RecordBatch]) -> Effects:
+        """Everything up to the effects: decode, histories, score, rank."""
+        generation = self._generation
+        effects = Effects(batches)
+        with self._stage("decode"):
+            records = [record for batch in batches for record in batch.records]
+            decoded = self._decode(records)
+        effects.rejected = decoded.rejected
+        self._metrics.batch_events.observe(len(records))
+        with self._stage("history"):
+            touched, newest = await self._apply(decoded, effects)
+        for surface, keys in _by_surface(touched).items():
+            effects.recommendations.update(await self._recommend(surface, keys, touched, newest))
+        with self._stage("history"):
+            if generation == self._generation:
+                effects.histories = self._histories.changed(touched)
+            else:
+                # A rebalance came in between. The batch is read again by whoever owns it now, and
+                # writing its effects could undo what that worker has written.
+                effects.recommendations.clear()
+                effects.popularity.clear()
+                effects.rejected.clear()
+        return effects
+
+    def _decode(self, records: Sequence[Record]) -> EventBatch:
+        return self._decoder.decode(records, now_ms=int(time.time() * 1000))
+
+    async def _apply(
+        self, decoded: EventBatch, effects: Effects
+    ) -> tuple[dict[UserKey, History], dict[UserKey, Record]]:
+        """Apply events to histories and popularity; returns what changed, and by which record."""
+        keys = [UserKey(event.user_id, event.surface) for event in decoded.events]
+        histories = await self._histories.load(keys)
+        touched: dict[UserKey, History] = {}
+        newest: dict[UserKey, Record] = {}
+        for event, key in zip(decoded.events, keys, strict=True):
+            history = histories[key]
+            try:
+                outcome: str = history.apply(event)
+                table = await self._table(event)
+            except Exception as error:
+                # One event must never stop the stream.
+                log.exception("event_failed surface=%s", event.surface.value)
+                outcome = "failed"
+                effects.rejected.append(
+                    Rejected(event.record, Reason.PROCESSING_FAILED, repr(error))
+                )
+            else:
+                table.add(
+                    event.item_id,
+                    event.event_type,
+                    event.timestamp_ms,
+                    offset=event.record.offset,
+                    record_time_ms=event.record.timestamp_ms,
+                )
+                # A repeat is written again too: its first effects may never have arrived.
+                touched[key] = history
+                newest[key] = event.record
+            self._metrics.events.labels(
+                event.surface.value, event.event_type.value, outcome
+            ).inc()
+        for place, counted in self._popularity.items():
+            if counted.changed or counted.removed:
+                effects.popularity[place] = counted.copy_changes()
+        return touched, newest
+
+    async def _table(self, event: Event) -> PopularityTable:
+        place = PartitionKey(event.surface, event.record.topic, event.record.partition)
+        table = self._popularity.get(place)
+        if table is None:
+            table = PopularityTable(
+                half_life_ms=int(self._settings.popularity_half_life_s * 1000),
+                max_items=self._settings.popularity_max_items,
+            )
+            fresh = table
+            await until_it_works(
+                lambda: self._cache.read_popularity(place, fresh),
+                name="read_popularity",
+                failures=REDIS_FAILURES,
+                on_failure=self._metrics.redis_errors.labels("read_popularity").inc,
+            )
+            self._popularity[place] = table
+        return table
+
+    async def _recommend(
+        self,
+        surface: Surface,
+        keys: Sequence[UserKey],
+        touched: dict[UserKey, History],
+        newest: dict[UserKey, Record],
+    ) -> dict[UserKey, Recommendations]:
+        """Lists for `keys`, all of one surface: by the model where it can, else by popularity."""
+        histories = [touched[key] for key in keys]
+        # Taken once: a swap in the middle must not mix two versions' item indexes.
+        bundle = self._models.serving(surface)
+        ranked: dict[int, Ranked] = {}
+        version = FALLBACK_VERSION
+        if bundle is not None:
+            version = f"{bundle.manifest.name}@{bundle.manifest.version}"
+            ranked = await self._rank_by_model(surface, bundle, histories)
+        popular = self._most_popular(surface) if len(ranked) < len(keys) else []
+        now_ms = int(time.time() * 1000)
+        lists: dict[UserKey, Recommendations] = {}
+        with self._stage("filter"):
+            for at, key in enumerate(keys):
+                by_model = at in ranked
+                items, scores = ranked[at] if by_model else self._top(surface, popular, histories[at])
+                record = newest[key]
+                lists[key] = Recommendations(
+                    user_id=key.user_id,
+                    surface=surface,
+                    items=items,
+                    scores=scores,
+                    model_version=version if by_model else FALLBACK_VERSION,
+                    source="model" if by_model else "fallback",
+                    generated_at_ms=now_ms,
+                    origin=Origin(record.topic, record.partition, record.offset),
+                )
+        return lists
+
+    async def _rank_by_model(
+        self, surface: Surface, bundle: Bundle, histories: Sequence[History]
+    ) -> dict[int, Ranked]:
+        """Ranked lists by position in `histories`, for those that the model can score."""
+        tensor, positions = model_inputs(histories, bundle)
+        ranked: dict[int, Ranked] = {}
+        # Enough candidates that, without rules, what any user has seen leaves `top_k` over.
+        longest = max((len(histories[at].items) for at in positions), default=0)
+        count = self._settings.top_k + longest
+        rows = list(range(len(positions)))
+        while rows:
+            with self._stage("score"):
+                candidates = await self._score(bundle, tensor[rows], count)
+            if candidates is None:
+                break
+            short = []
+            with self._stage("filter"):
+                for row_of_candidates, row in enumerate(rows):
+                    at = positions[row]
+                    items, scores = self._top(
+                        surface, candidates.of(row_of_candidates), histories[at]
+                    )
+                    ranked[at] = items, scores
+                    if len(items) < self._settings.top_k:
+                        short.append(row)
+            if candidates.count >= bundle.manifest.item_count:
+                break
+            # Rules left these users too little: look through the whole catalogue.
+            rows, count = short, bundle.manifest.item_count
+        return ranked
+
+    async def _score(
+        self, bundle: Bundle, tensor: NDArray[np.int64], count: int
+    ) -> Candidates | None:
+        """Candidates for int64 `[batch, length]`; None where the model failed."""
+        try:
+            return await asyncio.to_thread(score, bundle, tensor, count)
+        except Exception:
+            log.exception("inference_failed version=%s", bundle.manifest.version)
+            self._metrics.inference_errors.labels(bundle.manifest.surface).inc()
+            return None
+
+    def _top(
+        self, surface: Surface, candidates: Iterable[tuple[str, float]], history: History
+    ) -> Ranked:
+        return self._filters[surface].top(
+            candidates,
+            exclude={*history.items, *history.hidden},
+            count=self._settings.top_k,
+        )
+
+    def _most_popular(self, surface: Surface) -> list[tuple[str, float]]:
+        """Candidates of the fallback: enough to fill a list after the longest history."""
+        known = self._popular.get(surface)
+        now = time.monotonic()
+        if known is None or now - known[0] > POPULAR_REFRESH_S:
+            tables = [
+                table.weights
+                for place, table in self._popularity.items()
+                if place.surface is surface
+            ]
+            count = self._settings.top_k + 2 * self._settings.history_length
+            known = self._popular[surface] = (now, most_popular(tables, count))
+        return known[1]
+
+    # -- effects
+
+    async def write(self, effects: Effects) -> None:
+        """Make `effects` durable, however long that takes; repeating it changes nothing."""
+        metrics = self._metrics
+        with self._stage("write"):
+            await until_it_works(
+                lambda: self._cache.write_batch(
+                    histories=effects.histories,
+                    recommendations=effects.recommendations,
+                    popularity=effects.popularity,
+                ),
+                name="write_batch",
+                failures=REDIS_FAILURES,
+                on_failure=metrics.redis_errors.labels("write_batch").inc,
+            )
+            outgoing: list[Outgoing] = [
+                dead_letter_record(self._settings.dead_letter_topic, rejected)
+                for rejected in effects.rejected
+            ]
+            outgoing += [
+                recommendation_record(self._settings.recommendations_topic, recommendations)
+                for recommendations in effects.recommendations.values()
+            ]
+            await until_it_works(
+                lambda: self._outbox.send(outgoing),
+                name="produce",
+                failures=KAFKA_FAILURES,
+                on_failure=metrics.produce_errors.inc,
+            )
+        self._histories.written(effects.histories)
+        for rejected in effects.rejected:
+            metrics.dead_letters.labels(rejected.reason.value).inc()
+            log.warning(
+                "dead_letter reason=%s topic=%s partition=%d offset=%d",
+                rejected.reason.value,
+                rejected.record.topic,
+                rejected.record.partition,
+                rejected.record.offset,
+            )
+        for key, made in effects.recommendations.items():
+            surface = key.surface.value
+            metrics.recommendations.labels(surface, made.source, made.model_version).inc()
+            if len(made.items) < self._settings.top_k:
+                metrics.short_recommendations.labels(surface).inc()
+
+    async def _read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
+        return await until_it_works(
+            lambda: self._cache.read_histories(keys),
+            name="read_histories",
+            failures=REDIS_FAILURES,
+            on_failure=self._metrics.redis_errors.labels("read_histories").inc,
+        )
+
+    def _stage(self, name: str) -> AbstractContextManager[object]:
+        return self._metrics.stage_seconds.labels(name).time()
+
+
+def _by_surface(keys: Iterable[UserKey]) -> dict[Surface, list[UserKey]]:
+    grouped: dict[Surface, list[UserKey]] = {}
+    for key in keys:
+        grouped.setdefault(key.surface, []).append(key)
+    return grouped
