@@ -136,7 +136,9 @@ class History:
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a stored history: {error}") from error
         if stored.format != FORMAT:
-            raise ValueError(f"stored history of format {stored.format}; this worker reads {FORMAT}")
+            raise ValueError(
+                f"stored history of format {stored.format}; this worker reads {FORMAT}"
+            )
         if len(stored.items) != len(stored.timestamps):
             raise ValueError("stored history whose items and timestamps differ in number")
         history = cls(length)

@@ -129,9 +129,7 @@ class BatchConsumer(driver.Consumer):
                 continue
 
     async def _hand_over(self, tp: TP, raw: Sequence[Any], read_at: float) -> None:
-        records = [
-            Record(r.topic, r.partition, r.offset, r.key, r.value, r.timestamp) for r in raw
-        ]
+        records = [Record(r.topic, r.partition, r.offset, r.key, r.value, r.timestamp) for r in raw]
         first, next_ = records[0].offset, records[-1].offset + 1
         self.end_offsets[tp] = max(self.highwater(tp) or 0, next_)
         if not self.tracker.unfinished():
@@ -171,9 +169,7 @@ class BatchConsumer(driver.Consumer):
         return self.tracker.committable().get(tp)
 
     async def _commit_tps(self, tps: Iterable[TP], start_new_transaction: bool) -> bool:
-        offsets = {
-            tp: offset for tp in tps if (offset := self._new_offset(tp)) is not None
-        }
+        offsets = {tp: offset for tp in tps if (offset := self._new_offset(tp)) is not None}
         if not offsets:
             return False
         committed = await self._commit(offsets)

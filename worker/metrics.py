@@ -82,7 +82,9 @@ class Metrics:
             "streamrec_rebalances", "Assignments received from the group.", registry=registry
         )
         self.assigned_partitions = Gauge(
-            "streamrec_assigned_partitions", "Partitions assigned to this worker.", registry=registry
+            "streamrec_assigned_partitions",
+            "Partitions assigned to this worker.",
+            registry=registry,
         )
         self.redis_errors = Counter(
             "streamrec_redis_errors",
@@ -114,7 +116,8 @@ class Metrics:
             registry=registry,
         )
         self.history_cache_bytes = Gauge(
-            "streamrec_history_cache_bytes", "Estimated memory of cached histories.",
+            "streamrec_history_cache_bytes",
+            "Estimated memory of cached histories.",
             registry=registry,
         )
         self.history_cache_users = Gauge(
@@ -133,7 +136,9 @@ class Metrics:
             registry=registry,
         )
         self.model_file_bytes = Gauge(
-            "streamrec_model_file_bytes", "Size of the bundle on disk.", ["surface"],
+            "streamrec_model_file_bytes",
+            "Size of the bundle on disk.",
+            ["surface"],
             registry=registry,
         )
         self.model_memory_bytes = Gauge(
@@ -149,11 +154,15 @@ class Metrics:
             registry=registry,
         )
         self.model_age_seconds = Gauge(
-            "streamrec_model_age_seconds", "Age of the serving model.", ["surface"],
+            "streamrec_model_age_seconds",
+            "Age of the serving model.",
+            ["surface"],
             registry=registry,
         )
         self.swaps = Counter(
-            "streamrec_model_swaps", "Model swaps by result.", ["surface", "result"],
+            "streamrec_model_swaps",
+            "Model swaps by result.",
+            ["surface", "result"],
             registry=registry,
         )
         self.swap_seconds = Histogram(
@@ -169,6 +178,3 @@ def resident_bytes() -> int:
     """Resident memory of this process in bytes (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
-
-
-

@@ -21,7 +21,6 @@ from aiokafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from worker.bundle import Bundle
-
 from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey
 from worker.events import Decoder, Event, EventBatch, Reason, Record, Rejected, Surface
 from worker.histories import Histories
@@ -212,9 +211,7 @@ class Pipeline:
                 # A repeat is written again too: its first effects may never have arrived.
                 touched[key] = history
                 newest[key] = event.record
-            self._metrics.events.labels(
-                event.surface.value, event.event_type.value, outcome
-            ).inc()
+            self._metrics.events.labels(event.surface.value, event.event_type.value, outcome).inc()
         for place, counted in self._popularity.items():
             if counted.changed or counted.removed:
                 effects.popularity[place] = counted.copy_changes()
@@ -260,7 +257,9 @@ class Pipeline:
         with self._stage("filter"):
             for at, key in enumerate(keys):
                 by_model = at in ranked
-                items, scores = ranked[at] if by_model else self._top(surface, popular, histories[at])
+                items, scores = (
+                    ranked[at] if by_model else self._top(surface, popular, histories[at])
+                )
                 record = newest[key]
                 lists[key] = Recommendations(
                     user_id=key.user_id,

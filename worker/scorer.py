@@ -29,9 +29,7 @@ class Candidates:
     def of(self, row: int) -> Iterator[tuple[str, float]]:
         """Item ids and scores of one user, best first."""
         names = self._bundle.items
-        for index, score in zip(
-            self._items[row].tolist(), self._scores[row].tolist(), strict=True
-        ):
+        for index, score in zip(self._items[row].tolist(), self._scores[row].tolist(), strict=True):
             yield names[index - 1], score
 
 

@@ -166,9 +166,9 @@ class ModelChoice:
         self.version = version
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, ModelChoice)
-            and (self.name, self.version) == (other.name, other.version)
+        return isinstance(other, ModelChoice) and (self.name, self.version) == (
+            other.name,
+            other.version,
         )
 
     def __hash__(self) -> int:
@@ -210,6 +210,8 @@ def load_settings(**flags: Any) -> Settings:
         for item in error.errors():
             place = PREFIX + str(item["loc"][0]).upper() + ": " if item["loc"] else ""
             message = str(item["msg"]).removeprefix("Value error, ")
-            shown = "" if not item["loc"] or item["loc"][0] == "redis" else f" (got {item['input']!r})"
+            shown = (
+                "" if not item["loc"] or item["loc"][0] == "redis" else f" (got {item['input']!r})"
+            )
             problems.append(f"{place}{message}{shown}")
         raise SettingsError("; ".join(problems)) from None

@@ -1,0 +1,555 @@
+"""A model bundle: a directory with `model.onnx`, `items.txt` and `manifest.json` (docs/bundle.md).
+
+`open_bundle` refuses what breaks the contract with the first problem; `check_bundle` lists them
+all. Both are used by the worker and by models/, and need no training code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from worker.errors import BundleError
+from worker.events import MAX_ID_LENGTH, Surface
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.onnx"
+ITEMS_FILE = "items.txt"
+MANIFEST_FILE = "manifest.json"
+
+MAX_MANIFEST_BYTES = 4 << 20
+#: Largest single file that is opened. A damaged or hostile bundle must not fill memory.
+MAX_FILE_BYTES = 4 << 30
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """Name, dtype and shape of a model input or output; named dimensions are free."""
+
+    name: str
+    dtype: str
+    shape: list[str | int]
+
+
+class FileSpec(msgspec.Struct, frozen=True):
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+class Golden(msgspec.Struct, frozen=True):
+    """Inputs with the outputs that the maker of the bundle saw.
+
+    `history` is `[batch, length]`, `items` and `scores` are `[batch, k]`.
+    """
+
+    history: list[list[int]]
+    k: int
+    items: list[list[int]]
+    scores: list[list[float]]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle says about itself."""
+
+    format_version: int
+    name: str
+    version: str
+    surface: str
+    #: RFC 3339.
+    created_at: str
+    #: fp32, int8, ...
+    precision: str
+    #: How it was made and compressed, for people.
+    recipe: str
+    #: Length of the padded history that the model reads.
+    max_length: int
+    #: Shortest known history worth scoring; below it the fallback serves.
+    min_length: int = 1
+    item_count: int
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    files: dict[str, FileSpec]
+    #: Offline figures by name, such as `ndcg@10`.
+    metrics: dict[str, float] = {}
+    parents: list[str] = []
+    provenance: dict[str, str] = {}
+    golden: list[Golden] = []
+    #: Largest difference of a score from its golden value.
+    golden_tolerance: float = 1e-3
+
+    def created(self) -> datetime:
+        """`created_at`, parsed; naive times are UTC."""
+        parsed = datetime.fromisoformat(self.created_at)
+        return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+INPUTS = [
+    TensorSpec("history", "int64", ["batch", "length"]),
+    TensorSpec("k", "int64", [1]),
+]
+OUTPUTS = [
+    TensorSpec("items", "int64", ["batch", "k"]),
+    TensorSpec("scores", "float32", ["batch", "k"]),
+]
+_ORT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle. Immutable: a swap replaces the whole of it."""
+
+    manifest: Manifest
+    path: Path
+    session: ort.InferenceSession
+    #: Item ids; the item of model index i is `items[i - 1]`.
+    items: tuple[str, ...]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Model index by item id."""
+        return {item: position for position, item in enumerate(self.items, start=1)}
+
+    def score(
+        self, history: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The `k` best items of the whole catalogue for each history.
+
+        Args:
+            history: int64 `[batch, length]`, model indexes, padded with 0 on the left.
+            k: at most `manifest.item_count`.
+
+        Returns:
+            Model indexes int64 `[batch, k]` and scores float32 `[batch, k]`, best first.
+        """
+        items, scores = self.session.run(
+            ["items", "scores"], {"history": history, "k": np.array([k], dtype=np.int64)}
+        )
+        return cast(NDArray[np.int64], items), cast(NDArray[np.float32], scores)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One problem of a bundle, in words."""
+
+    level: Literal["error", "warning"]
+    check: str
+    message: str
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of the bundle at `path`.
+
+    Raises:
+        BundleError: it is missing, too large, not JSON, or not of the manifest's form.
+    """
+    file = path / MANIFEST_FILE
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a directory; a bundle is one (docs/bundle.md)")
+    data = _read_file(file, MAX_MANIFEST_BYTES)
+    try:
+        head = msgspec.json.decode(data, type=_Head)
+        if head.format_version != FORMAT_VERSION:
+            raise BundleError(
+                f"{file}: format_version {head.format_version}; this release reads"
+                f" {FORMAT_VERSION}: publish the model again with a matching release"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest.created()
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not a manifest: {error}") from None
+    return manifest
+
+
+class _Head(msgspec.Struct):
+    format_version: int
+
+
+def open_bundle(
+    path: Path,
+    *,
+    intra_op_threads: int = 1,
+    verify: bool = True,
+    warmup_batches: Sequence[int] = (1,),
+) -> Bundle:
+    """Open, check and warm up a bundle.
+
+    Session options, which suit one scoring thread per worker:
+
+    - `intra_op_threads`: threads of one run. 1 gives the most throughput per core, since nothing
+      is handed between threads; more shorten a large batch's latency while cores are idle.
+    - sequential execution, one inter-op thread: the graph is a chain with nothing to run beside.
+    - no spinning: idle inference threads must not take the core of the event loop.
+    - all graph optimizations; the CPU arena stays on, since batches come in a few sizes.
+
+    Args:
+        verify: compare checksums and golden outputs.
+        warmup_batches: batch sizes to run once, so that the first real batch is not the slow one.
+
+    Raises:
+        BundleError: the first thing that is wrong, and what to do about it.
+    """
+    checks = _Checks(path, intra_op_threads=intra_op_threads)
+    for name, check in checks.in_order(verify):
+        try:
+            check()
+        except _Broken as problem:
+            raise BundleError(f"{path}: {name}: {problem}") from None
+    bundle = checks.bundle()
+    for size in warmup_batches:
+        bundle.score(
+            np.ones((size, bundle.manifest.max_length), dtype=np.int64),
+            min(10, bundle.manifest.item_count),
+        )
+    return bundle
+
+
+def check_bundle(path: Path) -> list[Finding]:
+    """Everything that is wrong with a bundle, for `streamrec validate`."""
+    try:
+        checks = _Checks(path, intra_op_threads=1)
+    except BundleError as error:
+        return [Finding("error", "manifest", str(error))]
+    findings: list[Finding] = []
+    for name, check in checks.in_order(verify=True):
+        try:
+            check()
+        except _Broken as problem:
+            findings.append(Finding("error", name, str(problem)))
+    manifest = checks.manifest
+    if not manifest.golden:
+        findings.append(
+            Finding("warning", "golden", "no golden outputs: a swap cannot tell a spoiled model")
+        )
+    if not manifest.metrics:
+        findings.append(Finding("warning", "metrics", "no offline metrics are recorded"))
+    return findings
+
+
+def write_bundle(
+    directory: Path,
+    *,
+    model: bytes,
+    items: Sequence[str],
+    golden_histories: NDArray[np.int64] | None = None,
+    golden_k: int = 10,
+    **manifest_fields: Any,
+) -> Path:
+    """Write a bundle that appears at `directory` whole or not at all.
+
+    Files go to a sibling directory first, the manifest last; one rename puts it in place.
+
+    Args:
+        golden_histories: int64 `[batch, length]` to record golden outputs for.
+        manifest_fields: fields of `Manifest` other than those derived from the files.
+
+    Raises:
+        BundleError: the directory exists, or the bundle breaks the contract.
+    """
+    if directory.exists():
+        raise BundleError(f"{directory} exists; versions are never overwritten")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        listing = "".join(f"{item}\n" for item in items).encode()
+        for name, data in ((MODEL_FILE, model), (ITEMS_FILE, listing)):
+            _write_durably(building / name, data)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            item_count=len(items),
+            inputs=INPUTS,
+            outputs=OUTPUTS,
+            files={
+                name: FileSpec(hashlib.sha256(data).hexdigest(), len(data))
+                for name, data in ((MODEL_FILE, model), (ITEMS_FILE, listing))
+            },
+            **manifest_fields,
+        )
+        _write_durably(building / MANIFEST_FILE, _pretty(manifest))
+        if golden_histories is not None:
+            made, scores = open_bundle(building, verify=False).score(golden_histories, golden_k)
+            golden = Golden(
+                golden_histories.tolist(), golden_k, made.tolist(), scores.astype(float).tolist()
+            )
+            manifest = msgspec.structs.replace(manifest, golden=[golden])
+            _write_durably(building / MANIFEST_FILE, _pretty(manifest))
+        open_bundle(building)
+        building.chmod(0o755)
+        building.rename(directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return directory
+
+
+def _pretty(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Broken(Exception):
+    """A check failed; the message says how."""
+
+
+class _Checks:
+    """The contract, check by check. A later check may rest on an earlier one."""
+
+    def __init__(self, path: Path, *, intra_op_threads: int) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self._threads = intra_op_threads
+        self._items: tuple[str, ...] | None = None
+        self._session: ort.InferenceSession | None = None
+
+    def in_order(self, verify: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+        yield "manifest", self._check_manifest
+        yield "files", self._check_files
+        if verify:
+            yield "checksum", self._check_checksums
+        yield "items", self._check_items
+        yield "model", self._check_model
+        yield "signature", self._check_signature
+        yield "outputs", self._check_outputs
+        if verify:
+            yield "golden", self._check_golden
+
+    def bundle(self) -> Bundle:
+        assert self._items is not None and self._session is not None
+        return Bundle(self.manifest, self.path, self._session, self._items)
+
+    def _check_manifest(self) -> None:
+        manifest = self.manifest
+        if manifest.surface not in {surface.value for surface in Surface}:
+            known = ", ".join(surface.value for surface in Surface)
+            raise _Broken(f"unknown surface {manifest.surface!r}; known: {known}")
+        if not 1 <= manifest.min_length <= manifest.max_length <= 100_000:
+            raise _Broken(
+                f"min_length {manifest.min_length} and max_length {manifest.max_length} must be"
+                " between 1 and 100000, the first not above the second"
+            )
+        if manifest.item_count < 1:
+            raise _Broken(f"item_count is {manifest.item_count}; a model needs items")
+        for kind, declared, wanted in (
+            ("inputs", manifest.inputs, INPUTS),
+            ("outputs", manifest.outputs, OUTPUTS),
+        ):
+            if [(t.name, t.dtype) for t in declared] != [(t.name, t.dtype) for t in wanted]:
+                raise _Broken(
+                    f"{kind} are {_signature(declared)}; the contract is {_signature(wanted)}"
+                )
+
+    def _check_files(self) -> None:
+        for required in (MODEL_FILE, ITEMS_FILE):
+            if required not in self.manifest.files:
+                raise _Broken(f"the manifest lists no {required}")
+        root = self.path.resolve()
+        for name, spec in self.manifest.files.items():
+            if Path(name).name != name or name in {"", ".", "..", MANIFEST_FILE}:
+                raise _Broken(f"file name {name!r} is not a plain name inside the bundle")
+            file = self.path / name
+            if file.is_symlink() or (file.exists() and file.resolve().parent != root):
+                raise _Broken(f"{name} is a link out of the bundle; bundles hold plain files")
+            if not file.is_file():
+                raise _Broken(f"{name} is listed in the manifest and missing")
+            size = file.stat().st_size
+            if size != spec.bytes:
+                raise _Broken(f"{name} has {size} bytes, the manifest says {spec.bytes}")
+            if size > MAX_FILE_BYTES:
+                raise _Broken(f"{name} has {size} bytes; at most {MAX_FILE_BYTES} are opened")
+        listed = {*self.manifest.files, MANIFEST_FILE, "manifest.sig"}
+        unlisted = sorted(entry.name for entry in self.path.iterdir() if entry.name not in listed)
+        if unlisted:
+            raise _Broken(f"not listed in the manifest: {', '.join(unlisted)}")
+
+    def _check_checksums(self) -> None:
+        for name, spec in self.manifest.files.items():
+            with _reading(self.path / name) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != spec.sha256.lower():
+                raise _Broken(f"{name} is not the file that was published (sha256 {found})")
+
+    def _check_items(self) -> None:
+        try:
+            text = (self.path / ITEMS_FILE).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise _Broken(f"{ITEMS_FILE} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise _Broken(f"{ITEMS_FILE} is not UTF-8 at byte {error.start}") from None
+        # Not splitlines(): an item id may hold other separators, such as U+2028.
+        items = tuple(text.removesuffix("\n").split("\n"))
+        if len(items) != self.manifest.item_count:
+            raise _Broken(
+                f"{ITEMS_FILE} has {len(items)} lines, item_count is {self.manifest.item_count}"
+            )
+        seen: set[str] = set()
+        for number, item in enumerate(items, start=1):
+            if not 0 < len(item) <= MAX_ID_LENGTH:
+                raise _Broken(
+                    f"{ITEMS_FILE} line {number}: an item id has 1 to {MAX_ID_LENGTH} characters,"
+                    f" this one {len(item)}"
+                )
+            if item in seen:
+                raise _Broken(f"{ITEMS_FILE} line {number}: {item!r} comes twice")
+            seen.add(item)
+        self._items = items
+
+    def _check_model(self) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # what fails is raised; nothing is printed
+        try:
+            self._session = ort.InferenceSession(
+                str(self.path / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise _Broken(
+                f"ONNX Runtime does not load {MODEL_FILE}: {_first_line(error)}"
+            ) from None
+
+    def _check_signature(self) -> None:
+        session = self._loaded()
+        for kind, found, wanted in (
+            ("inputs", session.get_inputs(), INPUTS),
+            ("outputs", session.get_outputs(), OUTPUTS),
+        ):
+            by_name = {node.name: node for node in found}
+            for spec in wanted:
+                node = by_name.pop(spec.name, None)
+                if node is None:
+                    raise _Broken(f"the model has no {kind[:-1]} {spec.name!r}")
+                if _ORT_TYPES.get(node.type) != spec.dtype or len(node.shape) != len(spec.shape):
+                    raise _Broken(
+                        f"{kind[:-1]} {spec.name} is {node.type} {node.shape};"
+                        f" the contract is {_signature([spec])}"
+                    )
+            if by_name and kind == "inputs":
+                raise _Broken(f"the model wants inputs beyond the contract: {', '.join(by_name)}")
+
+    def _check_outputs(self) -> None:
+        """Run histories of one item, of all padding but one, and full ones, in two batch sizes."""
+        manifest = self.manifest
+        k = min(10, manifest.item_count)
+        for batch in (1, 3):
+            history = np.zeros((batch, manifest.max_length), dtype=np.int64)
+            history[:, -1] = np.arange(batch) % manifest.item_count + 1
+            history[-1, :] = np.arange(manifest.max_length) % manifest.item_count + 1
+            items, scores = self._run(history, k)
+            if items.shape != (batch, k) or scores.shape != (batch, k):
+                raise _Broken(
+                    f"for batch {batch} and k {k} the outputs are {items.shape} and {scores.shape}"
+                )
+            if not np.isfinite(scores).all():
+                raise _Broken("scores are not all finite (NaN or infinite weights?)")
+            if items.min() < 1 or items.max() > manifest.item_count:
+                raise _Broken(
+                    f"item indexes run from {items.min()} to {items.max()};"
+                    f" the catalogue has 1 to {manifest.item_count}"
+                )
+            if (np.diff(scores, axis=1) > 0).any():
+                raise _Broken("scores do not descend")
+            if any(len(set(row)) != k for row in items.tolist()):
+                raise _Broken("an item comes twice in one list")
+
+    def _check_golden(self) -> None:
+        tolerance = self.manifest.golden_tolerance
+        for golden in self.manifest.golden:
+            try:
+                history = np.array(golden.history, dtype=np.int64)
+                items = np.array(golden.items, dtype=np.int64)
+                scores = np.array(golden.scores, dtype=np.float32)
+            except (ValueError, OverflowError) as error:
+                raise _Broken(f"golden outputs are not tensors: {error}") from None
+            if history.ndim != 2 or items.shape != scores.shape or golden.k < 1:
+                raise _Broken("golden outputs are not [batch, length] and [batch, k]")
+            found_items, found_scores = self._run(history, golden.k)
+            if found_items.shape != items.shape:
+                raise _Broken(
+                    f"golden items are {items.shape}, the model gives {found_items.shape}"
+                )
+            worst = float(np.abs(found_scores - scores).max(initial=0.0))
+            if not worst <= tolerance:
+                raise _Broken(
+                    f"scores differ from the golden ones by up to {worst:.4g}; the manifest allows"
+                    f" {tolerance:g}: the weights or the item order changed after publishing"
+                )
+            # Items may change places only where their scores are closer than the tolerance.
+            moved = found_items != items
+            gaps = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=-np.inf))
+            close = np.minimum(gaps[:, :-1], gaps[:, 1:]) <= 2 * tolerance
+            close[:, -1] = True  # the one after the last is not recorded
+            if (moved & ~close).any():
+                raise _Broken("items differ from the golden ones where scores are far apart")
+
+    def _run(
+        self, history: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        bundle = Bundle(self.manifest, self.path, self._loaded(), self._items or ())
+        try:
+            return bundle.score(history, k)
+        except Exception as error:
+            raise _Broken(
+                f"the model fails on a history {list(history.shape)} with k {k}:"
+                f" {_first_line(error)}"
+            ) from None
+
+    def _loaded(self) -> ort.InferenceSession:
+        if self._session is None:
+            raise _Broken("not checked, since the model was not loaded")
+        return self._session
+
+
+def _signature(tensors: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{tensor.name} {tensor.dtype} {tensor.shape}" for tensor in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    with _reading(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BundleError(f"{path} has more than {limit} bytes; that is no manifest")
+    return cast(bytes, data)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} is missing: the directory is no bundle, or was not written to the end"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def metric_summary(metrics: Mapping[str, float]) -> str:
+    """Metrics on one line, for listings."""
+    return " ".join(f"{name}={value:.4f}" for name, value in sorted(metrics.items()))
