@@ -54,7 +54,9 @@ def export(params: Params, shape: Shape) -> bytes:
     positions = graph.weight("positions", np.asarray(params["positions"], dtype=np.float32))
 
     found = graph.add("Gather", ITEM_TABLE, "history", axis=0, name=LOOKUP_NODE)
-    x = graph.add("Mul", found, graph.constant(np.float32(math.sqrt(shape.width)) * np.ones(1, "f")))
+    x = graph.add(
+        "Mul", found, graph.constant(np.float32(math.sqrt(shape.width)) * np.ones(1, "f"))
+    )
     x = graph.add("Add", x, positions)
     real = graph.add("Greater", "history", graph.constant(np.zeros(1, np.int64)))
     padding = graph.add("Where", real, graph.constant(_f(0.0)), graph.constant(_f(-1e9)))

@@ -5,7 +5,7 @@ in-sync replicas before anything is committed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ def dead_letter_record(topic: str, rejected: Rejected) -> Outgoing:
 class Outbox:
     """Writes records through a Faust producer and waits until the broker has them."""
 
-    def __init__(self, producer: Any) -> None:
+    def __init__(self, producer: Callable[[], Any]) -> None:
+        # Asked for at each use: Faust makes its producer when the app starts.
         self._producer = producer
 
     async def send(self, records: Sequence[Outgoing]) -> None:
@@ -71,10 +72,9 @@ class Outbox:
                 written; writing all of them again is right, since consumers drop repeats by
                 their origin.
         """
+        producer = self._producer()
         acknowledgements = [
-            await self._producer.send(
-                record.topic, record.key, record.value, None, None, record.headers
-            )
+            await producer.send(record.topic, record.key, record.value, None, None, record.headers)
             for record in records
         ]
         results = await asyncio.gather(*acknowledgements, return_exceptions=True)

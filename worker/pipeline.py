@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from aiokafka.errors import KafkaError
+from faust.exceptions import ProducerSendError
 from numpy.typing import NDArray
 
 from worker.bundle import Bundle
@@ -39,7 +40,7 @@ from worker.settings import Settings
 log = logging.getLogger(__name__)
 
 #: What a lost or failing Kafka raises from a producer.
-KAFKA_FAILURES = (KafkaError, OSError, TimeoutError)
+KAFKA_FAILURES = (KafkaError, ProducerSendError, OSError, TimeoutError)
 #: Items and scores of one list, best first.
 Ranked = tuple[list[str], list[float]]
 

@@ -1,0 +1,233 @@
+"""The Faust app, built from settings: the one place that knows both Faust and the pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import faust
+import mode
+from faust.types import TP
+from yarl import URL
+
+from worker.cache import REDIS_FAILURES, Cache
+from worker.health import Health
+from worker.intake import BatchTransport, RecordBatch, batch_consumer
+from worker.metrics import Metrics
+from worker.models import Models
+from worker.outbox import Outbox
+from worker.pipeline import Pipeline
+from worker.rules import Rules, read_rules
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: Seconds between looks at lag, Redis and readiness.
+WATCH_INTERVAL_S = 1.0
+#: Record batches that wait between Faust and the pipeline.
+CHANNEL_BATCHES = 64
+
+
+class StreamrecApp(faust.App):
+    """A Faust app with what the worker needs at hand."""
+
+    settings: Settings
+    pipeline: Pipeline
+    models: Models
+    metrics: Metrics
+    health: Health
+    cache: Cache
+
+    async def on_started_init_extra_services(self) -> None:
+        """Start the background service once Faust itself is up."""
+        await super().on_started_init_extra_services()
+        await self.add_runtime_dependency(Background(self))
+
+
+def create_app(settings: Settings) -> StreamrecApp:
+    """Build the app; connects to nothing yet, except that it loads the models.
+
+    Raises:
+        BundleError: a model is missing or broken.
+        SettingsError: the rules file is.
+    """
+    metrics = Metrics()
+    health = Health(stall_timeout_s=settings.stall_timeout_s)
+    models = Models(
+        settings.registry,
+        settings.models_by_surface,
+        inference_threads=settings.inference_threads,
+        warmup_batches=(1, min(64, settings.batch_max_events), settings.batch_max_events),
+        metrics=metrics,
+    )
+    models.load_all()
+    rules = read_rules(settings.rules) if settings.rules is not None else Rules()
+    app = StreamrecApp(
+        settings.group,
+        broker=[URL(f"kafka://{address}") for address in settings.kafka.split(",")],
+        autodiscover=False,
+        origin="worker",
+        # At least once, made idempotent here. Faust's exactly_once does not start (faust#440).
+        processing_guarantee="at_least_once",
+        stream_wait_empty=True,
+        broker_commit_interval=settings.commit_interval_s,
+        broker_session_timeout=settings.session_timeout_s,
+        broker_heartbeat_interval=settings.session_timeout_s / 10,
+        broker_rebalance_timeout=settings.rebalance_timeout_s,
+        broker_request_timeout=max(40.0, settings.session_timeout_s + 10.0),
+        # Backpressure stops fetching for as long as Redis is down; that must not look like death
+        # to Kafka. worker/health.py watches for real stalls.
+        broker_max_poll_interval=1800.0,
+        broker_max_poll_records=max(500, settings.batch_max_events),
+        consumer_group_instance_id=settings.instance_id,
+        consumer_auto_offset_reset="earliest",
+        producer_acks=-1,
+        producer_linger=0.0,
+        producer_request_timeout=30.0,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        web_enabled=False,
+        worker_redirect_stdouts=False,
+    )
+    app.settings = settings
+    app.metrics, app.health, app.models = metrics, health, models
+    app.cache = cache = Cache(
+        settings.redis.get_secret_value(),
+        timeout_ms=settings.redis_timeout_ms,
+        recommendations_ttl_s=settings.recommendations_ttl_s,
+        history_ttl_s=settings.history_ttl_s,
+    )
+    channel = app.channel(value_type=RecordBatch, maxsize=CHANNEL_BATCHES)
+
+    def on_change(assigned: frozenset[TP]) -> None:
+        health.assigned = sum(1 for tp in assigned if tp.topic == settings.events_topic)
+        metrics.assigned_partitions.set(health.assigned)
+        for gauge in (metrics.consumer_lag, metrics.commit_age_seconds):
+            gauge.clear()
+        if assigned:
+            metrics.rebalances.inc()
+        app.pipeline.forget()
+
+    app.transport = BatchTransport(
+        app.conf.broker,
+        app,
+        batches=channel,
+        max_in_flight_events=settings.max_in_flight_events,
+        shutdown_timeout_s=settings.shutdown_timeout_s,
+        metrics=metrics,
+        on_change=on_change,
+    )
+    app.pipeline = pipeline = Pipeline(
+        settings,
+        cache=cache,
+        outbox=Outbox(lambda: app.producer),
+        models=models,
+        rules=rules,
+        metrics=metrics,
+    )
+    # Subscribes to the topic. No agent reads it event by event: the transport hands its record
+    # batches to the channel.
+    app.topics.add(
+        app.topic(settings.events_topic, key_type=bytes, value_type=bytes, value_serializer="raw")
+    )
+
+    @app.agent(channel, name="streamrec.pipeline")
+    async def hand_over(batches: Any) -> None:
+        async for batch in batches:
+            await pipeline.put(batch)
+
+    return app
+
+
+class Background(mode.Service):
+    """What runs beside the stream: the pipeline's stages, the model refresh, the watch.
+
+    A child of the app, so that it outlives the drain at a stop.
+    """
+
+    def __init__(self, app: StreamrecApp) -> None:
+        super().__init__()
+        self._app = app
+        self._settings = app.settings
+        #: Since when a partition has had finished offsets to commit, in `time.monotonic()`.
+        self._uncommitted_since: dict[TP, float] = {}
+
+    @mode.Service.task
+    async def _run_pipeline(self) -> None:
+        try:
+            await self._app.pipeline.run()
+        except Exception as error:
+            log.exception("pipeline_failed; the worker restarts from the committed offsets")
+            await self._app.crash(error)
+
+    @mode.Service.task
+    async def _refresh_models(self) -> None:
+        while not self.should_stop:
+            await self.sleep(self._settings.registry_poll_s)
+            try:
+                await self._app.models.refresh()
+            except Exception:
+                log.exception("model_refresh_failed")
+
+    @mode.Service.task
+    async def _beat(self) -> None:
+        self._app.health.started = True
+        while not self.should_stop:
+            self._app.health.beat_at = time.monotonic()
+            await self.sleep(WATCH_INTERVAL_S / 2)
+
+    @mode.Service.task
+    async def _watch(self) -> None:
+        health = self._app.health
+        while not self.should_stop:
+            health.models_ready = self._app.models.ready
+            try:
+                await self._app.cache.ping()
+                health.redis_ready = True
+            except REDIS_FAILURES:
+                health.redis_ready = False
+            kafka_answers = await self._watch_partitions()
+            # A restart brings neither back; the worker holds on to what it has read and retries.
+            health.waiting_for = (
+                "Redis" if not health.redis_ready else None if kafka_answers else "Kafka"
+            )
+            await self.sleep(WATCH_INTERVAL_S)
+
+    async def _watch_partitions(self) -> bool:
+        """Measure lag and commit age; False where Kafka does not answer."""
+        app, health = self._app, self._app.health
+        if not health.assigned or app.rebalancing:
+            health.progress_at = time.monotonic()
+            return True
+        consumer = batch_consumer(app)
+        assigned = [tp for tp in consumer.assignment() if tp.topic == self._settings.events_topic]
+        try:
+            # The broker's own answer: a consumer that has stopped fetching knows no newer one.
+            ends = await asyncio.wait_for(consumer.highwaters(*assigned), 5.0)
+            unread = 0
+            for tp in assigned:
+                end = ends[tp]
+                consumer.end_offsets[tp] = end
+                unread += max(0, end - (await asyncio.wait_for(consumer.position(tp), 5.0) or 0))
+        except Exception as error:  # the group may have moved on in between
+            log.warning("offsets_unknown error=%r", error)
+            return False
+        now = time.monotonic()
+        committable = consumer.tracker.committable()
+        for tp, lag in consumer.lag().items():
+            labels = (tp.topic, str(tp.partition))
+            app.metrics.consumer_lag.labels(*labels).set(lag)
+            if tp not in committable:
+                self._uncommitted_since.pop(tp, None)
+            since = self._uncommitted_since.setdefault(tp, now) if tp in committable else now
+            app.metrics.commit_age_seconds.labels(*labels).set(now - since)
+        app.metrics.in_flight.set(consumer.tracker.in_flight)
+        health.progress_at = consumer.progress_at
+        # Unread events count as waiting only while nothing is in flight: under backpressure they
+        # are expected, and what is in flight is watched itself.
+        health.waiting_events = consumer.tracker.in_flight or unread
+        if not health.waiting_events:
+            consumer.progress_at = now
+        return True

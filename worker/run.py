@@ -1,0 +1,53 @@
+"""Run one worker process from settings to exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+import faust
+
+from worker.app import create_app
+from worker.health import HealthServer, watch
+from worker.logs import set_up_logging
+from worker.settings import Settings
+from worker.startup import prepare
+
+log = logging.getLogger(__name__)
+
+
+def run_worker(settings: Settings) -> int:
+    """Serve until a signal; returns the exit code.
+
+    Raises:
+        StreamrecError: the worker cannot start; the message says why.
+    """
+    set_up_logging(settings.log_level)
+    # The models first: a worker that has none must not join the group and stop the others.
+    app = create_app(settings)
+    asyncio.run(prepare(settings))
+    server = HealthServer(app.health, app.metrics.registry, settings.http_host, settings.http_port)
+    server.start()
+    stopping = threading.Event()
+    watch(app.health, stopping)
+    log.info("started http=%s:%d kafka=%s", settings.http_host, server.port, settings.kafka)
+    runner = faust.Worker(
+        app,
+        loop=asyncio.new_event_loop(),
+        loglevel="warn",
+        override_logging=False,
+        redirect_stdouts=False,
+        console_port=0,
+    )
+    try:
+        runner.execute_from_commandline()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    else:
+        code = 0
+    finally:
+        stopping.set()
+        server.stop()
+    log.info("stopped exit_code=%d", code)
+    return code

@@ -1,0 +1,130 @@
+"""Before Faust starts: are Kafka, the topics and Redis there? Waits for them with backoff.
+
+Without this Faust retries a missing broker for ever with a traceback an attempt, and waits in
+silence for a topic that nobody has made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from worker.cache import REDIS_FAILURES, Cache
+from worker.errors import BrokerError, CacheError, StreamrecError
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# aiokafka logs each failed connection itself; the waiting here says it once, with what to do.
+_NOISY = ("aiokafka", "aiokafka.conn", "aiokafka.client")
+
+
+async def prepare(settings: Settings) -> None:
+    """Wait for Kafka and Redis, at most `startup_timeout_s`; make or find the topics.
+
+    Raises:
+        BrokerError: Kafka does not answer, or a topic is missing.
+        CacheError: Redis does not answer.
+    """
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        await _wait(settings, "Kafka", settings.kafka, lambda: ensure_topics(settings))
+        await _wait(settings, "Redis", _without_secret(settings), lambda: _ping(settings))
+    finally:
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+async def ensure_topics(settings: Settings) -> None:
+    """Find the three topics, or make them where `create_topics` is set.
+
+    Raises:
+        BrokerError: a topic is missing and may not be made.
+        KafkaError: Kafka does not answer.
+    """
+    admin = AIOKafkaAdminClient(
+        bootstrap_servers=settings.kafka, request_timeout_ms=5000, client_id="streamrec-startup"
+    )
+    try:
+        await admin.start()
+        wanted = [
+            settings.events_topic,
+            settings.recommendations_topic,
+            settings.dead_letter_topic,
+        ]
+        missing = sorted(set(wanted) - set(await admin.list_topics()))
+        if not missing:
+            return
+        if not settings.create_topics:
+            raise BrokerError(
+                f"Kafka at {settings.kafka} has no topic {', '.join(missing)}: make"
+                f" {'it' if len(missing) == 1 else 'them'}, or set STREAMREC_CREATE_TOPICS=true"
+            )
+        answer = await admin.create_topics(
+            [
+                NewTopic(name, settings.topic_partitions, settings.topic_replication)
+                for name in missing
+            ]
+        )
+        for name, code, *message in answer.topic_errors:
+            error = for_code(code)
+            if code and error is not TopicAlreadyExistsError:
+                raise BrokerError(f"topic {name} cannot be made: {error.__name__} {message}")
+            log.info("topic_created topic=%s partitions=%d", name, settings.topic_partitions)
+    finally:
+        await admin.close()
+
+
+async def _ping(settings: Settings) -> None:
+    cache = Cache(
+        settings.redis.get_secret_value(),
+        timeout_ms=settings.redis_timeout_ms,
+        recommendations_ttl_s=1,
+        history_ttl_s=1,
+    )
+    try:
+        await cache.ping()
+    finally:
+        await cache.close()
+
+
+async def _wait(
+    settings: Settings, name: str, address: str, operation: Callable[[], Awaitable[None]]
+) -> None:
+    deadline = time.monotonic() + settings.startup_timeout_s
+    wait_s = 0.5
+    while True:
+        try:
+            return await operation()
+        except StreamrecError:
+            raise
+        except (KafkaError, *REDIS_FAILURES) as error:
+            if time.monotonic() + wait_s > deadline:
+                kind = BrokerError if name == "Kafka" else CacheError
+                raise kind(
+                    f"{name} at {address} does not answer ({_short(error)}) after"
+                    f" {settings.startup_timeout_s:.0f} s: start it, or set"
+                    f" STREAMREC_{name.upper()} to where it is"
+                ) from None
+            log.warning(
+                "waiting_for service=%s address=%s retry_in_s=%.1f error=%s",
+                name, address, wait_s, _short(error),
+            )  # fmt: skip
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, 5.0)
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _without_secret(settings: Settings) -> str:
+    """The Redis URL without user and password."""
+    scheme, _, rest = settings.redis.get_secret_value().partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
