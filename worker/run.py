@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
+import signal
 import threading
 
 import faust
@@ -24,9 +26,12 @@ def run_worker(settings: Settings) -> int:
         StreamrecError: the worker cannot start; the message says why.
     """
     set_up_logging(settings.log_level)
-    # The models first: a worker that has none must not join the group and stop the others.
-    app = create_app(settings)
+    faulthandler.register(signal.SIGUSR1)
     asyncio.run(prepare(settings))
+    # Faust's services take the current loop when they are made, so it must be there before them.
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    app = create_app(settings)
     server = HealthServer(app.health, app.metrics.registry, settings.http_host, settings.http_port)
     server.start()
     stopping = threading.Event()
@@ -34,7 +39,7 @@ def run_worker(settings: Settings) -> int:
     log.info("started http=%s:%d kafka=%s", settings.http_host, server.port, settings.kafka)
     runner = faust.Worker(
         app,
-        loop=asyncio.new_event_loop(),
+        loop=loop,
         loglevel="warn",
         override_logging=False,
         redirect_stdouts=False,
