@@ -60,6 +60,11 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=registry,
         )
+        self.busy_seconds = Gauge(
+            "streamrec_busy_seconds",
+            "From the first event read to the last one finished, in this process.",
+            registry=registry,
+        )
         self.in_flight = Gauge(
             "streamrec_in_flight_events", "Events read and not yet finished.", registry=registry
         )

@@ -143,10 +143,13 @@ class Pipeline:
         return collected
 
     async def _write_stage(self) -> None:
+        first_read_at = float("inf")
         while True:
             effects = await self._computed.get()
             await self.write(effects)
             now = time.monotonic()
+            first_read_at = min(first_read_at, effects.batches[0].read_at)
+            self._metrics.busy_seconds.set(now - first_read_at)
             for batch in effects.batches:
                 batch.finish()
                 for _ in batch.records:

@@ -1,0 +1,393 @@
+"""`streamrec demo`: everything on this machine, on real events, with a summary at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import msgspec
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
+
+from worker.bundle import open_bundle
+from worker.errors import LocalPartError
+from worker.events import Surface, UserEvent
+from worker.local.kafka import KafkaBroker
+from worker.local.ml100k import Ml100k, load_ml100k
+from worker.local.plain_loop import Timed, run_plain_loop
+from worker.local.process import ManagedProcess, free_port
+from worker.local.redis_server import RedisServer
+from worker.local.tansu import TansuBroker
+from worker.lookup import cached_recommendations
+from worker.ranking import Recommendations
+from worker.registry import find, promote, versions
+from worker.replay import ml100k_events, send_events
+from worker.settings import Settings, load_settings
+
+NAME = "posts"
+#: Events a second of the paced replay: about what one worker on half of two cores takes with ease.
+PACED_RATE = 2500.0
+#: Events that the plain loop is timed on; it is slow, and its rate does not change with more.
+PLAIN_LOOP_EVENTS = 10_000
+
+
+def run_demo(
+    *, events: int | None, keep: bool, real_kafka: bool, compare: bool, show_user: str | None
+) -> int:
+    """Run the demo; returns the exit code.
+
+    Raises:
+        StreamrecError: a part did not come up, or the data set cannot be fetched.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="streamrec-demo-"))
+    with ExitStack() as parts:
+        click.echo("fetching MovieLens 100K (once) and starting broker, Redis and worker ...")
+        data = load_ml100k()
+        broker = (KafkaBroker if real_kafka else TansuBroker)(directory / "broker")
+        redis = RedisServer(directory / "redis")
+        for part in (broker, redis):
+            parts.enter_context(part)
+        registry = _copy_registry(directory / "registry")
+        fp32, int8 = _fp32_and_int8(registry)
+        promote(registry, NAME, fp32)
+        settings = load_settings(
+            kafka=broker.bootstrap, redis=redis.url, registry=registry, create_topics=True
+        )
+        worker = Worker(directory, settings, group="streamrec-demo")
+        parts.callback(worker.stop)
+        worker.start()
+        replay = list(ml100k_events(data))[:events]
+        swap = asyncio.run(_replay_and_swap(settings, worker, replay, registry, int8))
+        served = asyncio.run(_read_served(settings))
+        rows = [
+            ("events", f"{len(replay):,} (dead letters: {worker.total('streamrec_dead_letters'):.0f})"),
+            ("paced replay", f"{swap.rate:,.0f} events/s"),
+            ("event read -> Redis", _latency(worker.metrics())),
+            ("hot swap", f"{fp32} -> {int8} after {swap.swapped_after:,} events"),
+            ("model on disk", f"{_mb(swap.disk_before)} -> {_mb(swap.disk_after)}"),
+            ("model in memory", f"{_mb(swap.memory_before)} -> {_mb(swap.memory_after)}"
+             " (growth of resident memory by loading and warming up)"),
+            *_hit_rates(replay, served),
+        ]  # fmt: skip
+        if compare:
+            rows += _compare(directory, settings, len(replay), registry, int8, worker)
+        click.echo("\n" + "\n".join(f"  {name:<22} {value}" for name, value in rows))
+        user = show_user or replay[-1].user_id
+        asyncio.run(_show_user(settings, replay, data, user))
+        if keep:
+            _wait_until_stopped(broker.bootstrap, redis.url, worker)
+    shutil.rmtree(directory, ignore_errors=True)
+    return 0
+
+
+class Worker:
+    """A worker process of the demo and what it says of itself."""
+
+    def __init__(self, directory: Path, settings: Settings, *, group: str) -> None:
+        self.port = free_port()
+        self.base = f"http://127.0.0.1:{self.port}"
+        flags = {
+            "kafka": settings.kafka,
+            "redis": settings.redis.get_secret_value(),
+            "registry": str(settings.registry),
+            "models": f"posts={NAME}",
+            "group": group,
+            "create-topics": "true",
+            "http-port": str(self.port),
+            "registry-poll-s": "0.2",
+            # A lone worker waits about half of this on the embedded broker before it may start.
+            "rebalance-timeout-s": "6",
+            "session-timeout-s": "10",
+        }
+        arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+        self._process = ManagedProcess(
+            "the worker",
+            [sys.executable, "-m", "worker.cli", "worker", *arguments],
+            log_path=directory / f"{group}.log",
+            ready=self._ready,
+            stop_s=30.0,
+        )
+
+    def start(self) -> None:
+        """Start it and wait until `/readyz` says so."""
+        self._process.start()
+
+    def stop(self) -> None:
+        """Stop it in order."""
+        self._process.stop()
+
+    def metrics(self) -> list[tuple[str, Mapping[str, str], float]]:
+        """All samples of `/metrics`: name, labels, value."""
+        with urllib.request.urlopen(f"{self.base}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        return [
+            (sample.name, sample.labels, float(sample.value))
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+
+    def total(self, counter: str, **labels: str) -> float:
+        """Sum of a metric over all series that have `labels`."""
+        wanted = labels.items()
+        return sum(
+            value
+            for name, found, value in self.metrics()
+            if name in {counter, f"{counter}_total"} and wanted <= found.items()
+        )
+
+    def wait_for_events(self, count: int, timeout_s: float = 600.0) -> None:
+        """Wait until `count` events were written to Redis and Kafka."""
+        deadline = time.monotonic() + timeout_s
+        while self.total("streamrec_event_seconds_count") < count:
+            if time.monotonic() > deadline:
+                raise LocalPartError(
+                    f"the worker did not process {count} events in {timeout_s:.0f} s; its log is"
+                    f" {self._process.log_path}"
+                )
+            time.sleep(0.05)
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.base}/readyz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except urllib.error.HTTPError:
+            return False
+
+
+@dataclass
+class Swap:
+    """What the replay and the swap in its middle measured. Sizes in bytes."""
+
+    rate: float = 0.0
+    swapped_after: int = 0
+    disk_before: float = 0.0
+    disk_after: float = 0.0
+    memory_before: float = 0.0
+    memory_after: float = 0.0
+
+
+async def _replay_and_swap(
+    settings: Settings, worker: Worker, events: list[UserEvent], registry: Path, int8: str
+) -> Swap:
+    from tqdm import tqdm  # noqa: PLC0415 - of the demo extra
+
+    swap = Swap()
+    swap.disk_before = worker.total("streamrec_model_file_bytes")
+    swap.memory_before = worker.total("streamrec_model_memory_bytes")
+    half = len(events) // 2
+
+    async def swap_halfway() -> None:
+        # The replay goes on meanwhile: this is a hot swap.
+        while await asyncio.to_thread(worker.total, "streamrec_events") < half:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(promote, registry, NAME, int8)
+        while not await asyncio.to_thread(worker.total, "streamrec_model_info", version=int8):
+            await asyncio.sleep(0.05)
+        swap.swapped_after = int(await asyncio.to_thread(worker.total, "streamrec_events"))
+
+    started = time.monotonic()
+    with tqdm(total=len(events), unit=" events", desc="replaying") as progress:
+        swapping = asyncio.create_task(swap_halfway())
+        await send_events(settings, iter(events), rate=PACED_RATE, on_sent=progress.update)
+        await asyncio.to_thread(worker.wait_for_events, len(events))
+        swap.rate = len(events) / (time.monotonic() - started)
+        await swapping
+    swap.disk_after = worker.total("streamrec_model_file_bytes")
+    swap.memory_after = worker.total("streamrec_model_memory_bytes")
+    return swap
+
+
+async def _read_served(
+    settings: Settings,
+) -> list[tuple[Recommendations, tuple[str, int, int]]]:
+    """All published recommendations, with the place of the event that caused each."""
+    decode = msgspec.json.Decoder(Recommendations).decode
+    return [
+        (made, (made.origin.topic, made.origin.partition, made.origin.offset))
+        async for _, value in _read_topic(settings, settings.recommendations_topic)
+        for made in (decode(value),)
+    ]
+
+
+async def _read_topic(settings: Settings, topic: str):  # type: ignore[no-untyped-def]
+    """Yield `(partition, offset), value` of every record now in `topic`."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        partitions = [TopicPartition(topic, number) for number in range(settings.topic_partitions)]
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        left = {tp for tp in partitions if ends[tp] > 0}
+        while left:
+            for tp, records in (await consumer.getmany(timeout_ms=1000)).items():
+                for record in records:
+                    yield (record.partition, record.offset), record.value
+                if records and records[-1].offset + 1 >= ends[tp]:
+                    left.discard(tp)
+    finally:
+        await consumer.stop()
+
+
+def _hit_rates(
+    replay: list[UserEvent], served: list[tuple[Recommendations, tuple[str, int, int]]]
+) -> Iterator[tuple[str, str]]:
+    """How often a served list held the item of the user's next event.
+
+    A user's events are one partition's, in order, so the n-th event of a user and the list made
+    from it are matched by counting the user's offsets.
+    """
+    sequences: dict[str, list[tuple[int, str]]] = {}
+    for number, event in enumerate(replay):
+        sequences.setdefault(event.user_id, []).append((number, event.item_id))
+    # Offsets of a partition in order are the replay's events of its users in order.
+    users_of: dict[int, set[str]] = {}
+    for made, (_, partition, _) in served:
+        users_of.setdefault(partition, set()).add(made.user_id)
+    place: dict[tuple[int, int], int] = {}
+    for partition, users in users_of.items():
+        numbers = sorted(number for user in users for number, _ in sequences[user])
+        for offset, number in enumerate(numbers):
+            place[partition, offset] = number
+    counted: dict[str, list[int]] = {"model": [0, 0], "fallback": [0, 0], "unseen": [0, 0]}
+    unseen_from = int(100_000 * 0.8)
+    for made, (_, partition, offset) in served:
+        number = place.get((partition, offset))
+        if number is None:
+            continue
+        following = [item for at, item in sequences[made.user_id] if at > number]
+        if not following:
+            continue
+        hit = following[0] in made.items
+        for group in (made.source, *(("unseen",) if number >= unseen_from else ())):
+            counted[group][0] += hit
+            counted[group][1] += 1
+    for group, title in (
+        ("model", "hit rate@10, model"),
+        ("fallback", "hit rate@10, fallback"),
+        ("unseen", "  of these, unseen"),
+    ):
+        hits, asked = counted[group]
+        if asked:
+            note = " (events after the model's training data ends)" if group == "unseen" else ""
+            yield (
+                title,
+                f"{hits / asked:.3f} of {asked:,} lists against the user's next event{note}",
+            )
+
+
+def _compare(
+    directory: Path, settings: Settings, count: int, registry: Path, version: str, old: Worker
+) -> list[tuple[str, str]]:
+    """Time a worker, then the plain loop, on the backlog that the replay left in the topic."""
+    click.echo("timing the worker on the whole backlog, then a plain aiokafka loop ...")
+    old.stop()
+    redis = RedisServer(directory / "redis-compare")
+    with redis:
+        own = settings.model_copy(
+            update={"redis": type(settings.redis)(redis.url), "registry": registry}
+        )
+        # Counted in one process with the plain loop: from the first event to the last.
+        worker = Worker(directory, own, group="streamrec-compare")
+        worker.start()
+        worker.wait_for_events(count)
+        seconds = worker.total("streamrec_busy_seconds")
+        worker.stop()
+        plain: Timed = asyncio.run(
+            run_plain_loop(
+                own,
+                open_bundle(find(registry, NAME, version)),
+                limit=min(PLAIN_LOOP_EVENTS, count),
+            )
+        )
+    old.start()
+    rate = count / seconds if seconds else 0.0
+    return [
+        ("full speed", f"{rate:,.0f} events/s"),
+        (
+            "plain aiokafka loop",
+            f"{plain.rate:,.0f} events/s, one event at a time: {rate / plain.rate:.1f}x slower",
+        ),
+    ]
+
+
+def _latency(samples: list[tuple[str, Mapping[str, str], float]]) -> str:
+    """Quantiles of `streamrec_event_seconds`, interpolated within its buckets as Prometheus does."""
+    buckets = sorted(
+        (float(labels["le"]), value)
+        for name, labels, value in samples
+        if name == "streamrec_event_seconds_bucket"
+    )
+    total = buckets[-1][1]
+    shown = []
+    for quantile in (0.5, 0.95, 0.99):
+        rank = quantile * total
+        lower, below = 0.0, 0.0
+        for upper, value in buckets:
+            if value >= rank:
+                inside = value - below
+                end = lower if upper == float("inf") else upper
+                at = lower + (end - lower) * ((rank - below) / inside if inside else 0.0)
+                shown.append(f"p{quantile * 100:.0f} {at * 1000:.1f} ms")
+                break
+            lower, below = upper, value
+    return ", ".join(shown)
+
+
+async def _show_user(settings: Settings, replay: list[UserEvent], data: Ml100k, user: str) -> None:
+    found = await cached_recommendations(settings, user, Surface.POSTS.value)
+    history = [event.item_id for event in replay if event.user_id == user]
+    click.echo(f"\nuser {user} last rated")
+    for item in history[-5:]:
+        click.echo(f"  {data.titles.get(item, item)}")
+    if found is None:
+        click.echo("and has no recommendations: there was no event of theirs")
+        return
+    click.echo(f"and is recommended, by {found['model_version']}")
+    for item, score in zip(found["items"], found["scores"], strict=True):
+        click.echo(f"  {score:7.2f}  {data.titles.get(item, item)}")
+
+
+def _wait_until_stopped(bootstrap: str, redis_url: str, worker: Worker) -> None:
+    click.echo(
+        f"\nstill running until Ctrl-C:\n  Kafka    {bootstrap}\n  Redis    {redis_url}\n"
+        f"  metrics  {worker.base}/metrics, /livez, /readyz\n"
+        f"  try      streamrec recommend 13 --redis {redis_url}"
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        click.echo("stopping")
+
+
+def _copy_registry(target: Path) -> Path:
+    source = load_settings().registry
+    if not source.is_dir():
+        # Installed from a wheel, or started elsewhere: the bundles lie beside the package.
+        source = Path(__file__).parent.parent / "models" / "shipped"
+    shutil.copytree(source, target)
+    return target
+
+
+def _fp32_and_int8(registry: Path) -> tuple[str, str]:
+    found = versions(registry, NAME)
+    return (
+        next(version for version in reversed(found) if version.endswith("fp32")),
+        next(version for version in reversed(found) if version.endswith("int8")),
+    )
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.2f} MB"
