@@ -207,7 +207,7 @@ def open_bundle(
     for name, check in checks.in_order(verify):
         try:
             check()
-        except _Broken as problem:
+        except _BrokenError as problem:
             raise BundleError(f"{path}: {name}: {problem}") from None
     bundle = checks.bundle()
     for size in warmup_batches:
@@ -228,7 +228,7 @@ def check_bundle(path: Path) -> list[Finding]:
     for name, check in checks.in_order(verify=True):
         try:
             check()
-        except _Broken as problem:
+        except _BrokenError as problem:
             findings.append(Finding("error", name, str(problem)))
     manifest = checks.manifest
     if not manifest.golden:
@@ -306,7 +306,7 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-class _Broken(Exception):
+class _BrokenError(Exception):
     """A check failed; the message says how."""
 
 
@@ -340,75 +340,75 @@ class _Checks:
         manifest = self.manifest
         if manifest.surface not in {surface.value for surface in Surface}:
             known = ", ".join(surface.value for surface in Surface)
-            raise _Broken(f"unknown surface {manifest.surface!r}; known: {known}")
+            raise _BrokenError(f"unknown surface {manifest.surface!r}; known: {known}")
         if not 1 <= manifest.min_length <= manifest.max_length <= 100_000:
-            raise _Broken(
+            raise _BrokenError(
                 f"min_length {manifest.min_length} and max_length {manifest.max_length} must be"
                 " between 1 and 100000, the first not above the second"
             )
         if manifest.item_count < 1:
-            raise _Broken(f"item_count is {manifest.item_count}; a model needs items")
+            raise _BrokenError(f"item_count is {manifest.item_count}; a model needs items")
         for kind, declared, wanted in (
             ("inputs", manifest.inputs, INPUTS),
             ("outputs", manifest.outputs, OUTPUTS),
         ):
             if [(t.name, t.dtype) for t in declared] != [(t.name, t.dtype) for t in wanted]:
-                raise _Broken(
+                raise _BrokenError(
                     f"{kind} are {_signature(declared)}; the contract is {_signature(wanted)}"
                 )
 
     def _check_files(self) -> None:
         for required in (MODEL_FILE, ITEMS_FILE):
             if required not in self.manifest.files:
-                raise _Broken(f"the manifest lists no {required}")
+                raise _BrokenError(f"the manifest lists no {required}")
         root = self.path.resolve()
         for name, spec in self.manifest.files.items():
             if Path(name).name != name or name in {"", ".", "..", MANIFEST_FILE}:
-                raise _Broken(f"file name {name!r} is not a plain name inside the bundle")
+                raise _BrokenError(f"file name {name!r} is not a plain name inside the bundle")
             file = self.path / name
             if file.is_symlink() or (file.exists() and file.resolve().parent != root):
-                raise _Broken(f"{name} is a link out of the bundle; bundles hold plain files")
+                raise _BrokenError(f"{name} is a link out of the bundle; bundles hold plain files")
             if not file.is_file():
-                raise _Broken(f"{name} is listed in the manifest and missing")
+                raise _BrokenError(f"{name} is listed in the manifest and missing")
             size = file.stat().st_size
             if size != spec.bytes:
-                raise _Broken(f"{name} has {size} bytes, the manifest says {spec.bytes}")
+                raise _BrokenError(f"{name} has {size} bytes, the manifest says {spec.bytes}")
             if size > MAX_FILE_BYTES:
-                raise _Broken(f"{name} has {size} bytes; at most {MAX_FILE_BYTES} are opened")
+                raise _BrokenError(f"{name} has {size} bytes; at most {MAX_FILE_BYTES} are opened")
         listed = {*self.manifest.files, MANIFEST_FILE, "manifest.sig"}
         unlisted = sorted(entry.name for entry in self.path.iterdir() if entry.name not in listed)
         if unlisted:
-            raise _Broken(f"not listed in the manifest: {', '.join(unlisted)}")
+            raise _BrokenError(f"not listed in the manifest: {', '.join(unlisted)}")
 
     def _check_checksums(self) -> None:
         for name, spec in self.manifest.files.items():
             with _reading(self.path / name) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != spec.sha256.lower():
-                raise _Broken(f"{name} is not the file that was published (sha256 {found})")
+                raise _BrokenError(f"{name} is not the file that was published (sha256 {found})")
 
     def _check_items(self) -> None:
         try:
             text = (self.path / ITEMS_FILE).read_bytes().decode("utf-8")
         except OSError as error:
-            raise _Broken(f"{ITEMS_FILE} cannot be read: {error.strerror}") from None
+            raise _BrokenError(f"{ITEMS_FILE} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise _Broken(f"{ITEMS_FILE} is not UTF-8 at byte {error.start}") from None
+            raise _BrokenError(f"{ITEMS_FILE} is not UTF-8 at byte {error.start}") from None
         # Not splitlines(): an item id may hold other separators, such as U+2028.
         items = tuple(text.removesuffix("\n").split("\n"))
         if len(items) != self.manifest.item_count:
-            raise _Broken(
+            raise _BrokenError(
                 f"{ITEMS_FILE} has {len(items)} lines, item_count is {self.manifest.item_count}"
             )
         seen: set[str] = set()
         for number, item in enumerate(items, start=1):
             if not 0 < len(item) <= MAX_ID_LENGTH:
-                raise _Broken(
+                raise _BrokenError(
                     f"{ITEMS_FILE} line {number}: an item id has 1 to {MAX_ID_LENGTH} characters,"
                     f" this one {len(item)}"
                 )
             if item in seen:
-                raise _Broken(f"{ITEMS_FILE} line {number}: {item!r} comes twice")
+                raise _BrokenError(f"{ITEMS_FILE} line {number}: {item!r} comes twice")
             seen.add(item)
         self._items = items
 
@@ -425,7 +425,7 @@ class _Checks:
                 str(self.path / MODEL_FILE), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise _Broken(
+            raise _BrokenError(
                 f"ONNX Runtime does not load {MODEL_FILE}: {_first_line(error)}"
             ) from None
 
@@ -439,14 +439,16 @@ class _Checks:
             for spec in wanted:
                 node = by_name.pop(spec.name, None)
                 if node is None:
-                    raise _Broken(f"the model has no {kind[:-1]} {spec.name!r}")
+                    raise _BrokenError(f"the model has no {kind[:-1]} {spec.name!r}")
                 if _ORT_TYPES.get(node.type) != spec.dtype or len(node.shape) != len(spec.shape):
-                    raise _Broken(
+                    raise _BrokenError(
                         f"{kind[:-1]} {spec.name} is {node.type} {node.shape};"
                         f" the contract is {_signature([spec])}"
                     )
             if by_name and kind == "inputs":
-                raise _Broken(f"the model wants inputs beyond the contract: {', '.join(by_name)}")
+                raise _BrokenError(
+                    f"the model wants inputs beyond the contract: {', '.join(by_name)}"
+                )
 
     def _check_outputs(self) -> None:
         """Run histories of one item, of all padding but one, and full ones, in two batch sizes."""
@@ -458,20 +460,20 @@ class _Checks:
             history[-1, :] = np.arange(manifest.max_length) % manifest.item_count + 1
             items, scores = self._run(history, k)
             if items.shape != (batch, k) or scores.shape != (batch, k):
-                raise _Broken(
+                raise _BrokenError(
                     f"for batch {batch} and k {k} the outputs are {items.shape} and {scores.shape}"
                 )
             if not np.isfinite(scores).all():
-                raise _Broken("scores are not all finite (NaN or infinite weights?)")
+                raise _BrokenError("scores are not all finite (NaN or infinite weights?)")
             if items.min() < 1 or items.max() > manifest.item_count:
-                raise _Broken(
+                raise _BrokenError(
                     f"item indexes run from {items.min()} to {items.max()};"
                     f" the catalogue has 1 to {manifest.item_count}"
                 )
             if (np.diff(scores, axis=1) > 0).any():
-                raise _Broken("scores do not descend")
+                raise _BrokenError("scores do not descend")
             if any(len(set(row)) != k for row in items.tolist()):
-                raise _Broken("an item comes twice in one list")
+                raise _BrokenError("an item comes twice in one list")
 
     def _check_golden(self) -> None:
         tolerance = self.manifest.golden_tolerance
@@ -481,17 +483,17 @@ class _Checks:
                 items = np.array(golden.items, dtype=np.int64)
                 scores = np.array(golden.scores, dtype=np.float32)
             except (ValueError, OverflowError) as error:
-                raise _Broken(f"golden outputs are not tensors: {error}") from None
+                raise _BrokenError(f"golden outputs are not tensors: {error}") from None
             if history.ndim != 2 or items.shape != scores.shape or golden.k < 1:
-                raise _Broken("golden outputs are not [batch, length] and [batch, k]")
+                raise _BrokenError("golden outputs are not [batch, length] and [batch, k]")
             found_items, found_scores = self._run(history, golden.k)
             if found_items.shape != items.shape:
-                raise _Broken(
+                raise _BrokenError(
                     f"golden items are {items.shape}, the model gives {found_items.shape}"
                 )
             worst = float(np.abs(found_scores - scores).max(initial=0.0))
             if not worst <= tolerance:
-                raise _Broken(
+                raise _BrokenError(
                     f"scores differ from the golden ones by up to {worst:.4g}; the manifest allows"
                     f" {tolerance:g}: the weights or the item order changed after publishing"
                 )
@@ -501,7 +503,7 @@ class _Checks:
             close = np.minimum(gaps[:, :-1], gaps[:, 1:]) <= 2 * tolerance
             close[:, -1] = True  # the one after the last is not recorded
             if (moved & ~close).any():
-                raise _Broken("items differ from the golden ones where scores are far apart")
+                raise _BrokenError("items differ from the golden ones where scores are far apart")
 
     def _run(
         self, history: NDArray[np.int64], k: int
@@ -510,14 +512,14 @@ class _Checks:
         try:
             return bundle.score(history, k)
         except Exception as error:
-            raise _Broken(
+            raise _BrokenError(
                 f"the model fails on a history {list(history.shape)} with k {k}:"
                 f" {_first_line(error)}"
             ) from None
 
     def _loaded(self) -> ort.InferenceSession:
         if self._session is None:
-            raise _Broken("not checked, since the model was not loaded")
+            raise _BrokenError("not checked, since the model was not loaded")
         return self._session
 
 

@@ -247,8 +247,8 @@ def _timestamp_ms(value: int | float | datetime, latest_ms: int) -> int:
     if milliseconds > latest_ms:
         raise _ContractError(
             Reason.TIMESTAMP_FUTURE,
-            f"timestamp {_shown(value)} lies {int(milliseconds - latest_ms)} ms past the accepted future;"
-            " check the producer's clock",
+            f"timestamp {_shown(value)} lies {int(milliseconds - latest_ms)} ms past the accepted"
+            " future; check the producer's clock",
         )
     return int(milliseconds)
 
