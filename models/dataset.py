@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class Interactions:
         order = np.argsort(self.users, kind="stable")
         bounds = np.searchsorted(self.users[order], np.arange(self.user_count + 1))
         items = self.items[order]
-        return [items[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [items[a:b] for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,8 @@ def run_demo(
         swap = asyncio.run(_replay_and_swap(settings, worker, replay, registry, int8))
         served = asyncio.run(_read_served(settings))
         rows = [
-            ("events", f"{len(replay):,} (dead letters: {worker.total('streamrec_dead_letters'):.0f})"),
+            ("events", f"{len(replay):,}"),
+            ("dead letters", f"{worker.total('streamrec_dead_letters'):.0f}"),
             ("paced replay", f"{swap.rate:,.0f} events/s"),
             ("event read -> Redis", _latency(worker.metrics())),
             ("hot swap", f"{fp32} -> {int8} after {swap.swapped_after:,} events"),
@@ -221,7 +222,9 @@ async def _read_served(
     ]
 
 
-async def _read_topic(settings: Settings, topic: str):  # type: ignore[no-untyped-def]
+async def _read_topic(
+    settings: Settings, topic: str
+) -> AsyncIterator[tuple[tuple[int, int], bytes]]:
     """Yield `(partition, offset), value` of every record now in `topic`."""
     consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka, auto_offset_reset="earliest")
     await consumer.start()
@@ -263,14 +266,14 @@ def _hit_rates(
     counted: dict[str, list[int]] = {"model": [0, 0], "fallback": [0, 0], "unseen": [0, 0]}
     unseen_from = int(100_000 * 0.8)
     for made, (_, partition, offset) in served:
-        number = place.get((partition, offset))
-        if number is None:
+        caused_by = place.get((partition, offset))
+        if caused_by is None:
             continue
-        following = [item for at, item in sequences[made.user_id] if at > number]
+        following = [item for at, item in sequences[made.user_id] if at > caused_by]
         if not following:
             continue
         hit = following[0] in made.items
-        for group in (made.source, *(("unseen",) if number >= unseen_from else ())):
+        for group in (made.source, *(("unseen",) if caused_by >= unseen_from else ())):
             counted[group][0] += hit
             counted[group][1] += 1
     for group, title in (
@@ -323,7 +326,7 @@ def _compare(
 
 
 def _latency(samples: list[tuple[str, Mapping[str, str], float]]) -> str:
-    """Quantiles of `streamrec_event_seconds`, interpolated within its buckets as Prometheus does."""
+    """Quantiles of `streamrec_event_seconds`, interpolated within buckets as Prometheus does."""
     buckets = sorted(
         (float(labels["le"]), value)
         for name, labels, value in samples

@@ -172,7 +172,7 @@ class BatchConsumer(driver.Consumer):
         offsets = {tp: offset for tp in tps if (offset := self._new_offset(tp)) is not None}
         if not offsets:
             return False
-        committed = await self._commit(offsets)
+        committed: bool = await self._commit(offsets)
         if committed:
             self.tracker.committed(offsets)
             self.app.monitor.on_tp_commit(offsets)
