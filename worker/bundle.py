@@ -230,6 +230,9 @@ def check_bundle(path: Path) -> list[Finding]:
             check()
         except _BrokenError as problem:
             findings.append(Finding("error", name, str(problem)))
+            if name == "files":
+                # The listing cannot be trusted: nothing that it names may be opened.
+                return findings
     manifest = checks.manifest
     if not manifest.golden:
         findings.append(
@@ -474,6 +477,12 @@ class _Checks:
                 raise _BrokenError("scores do not descend")
             if any(len(set(row)) != k for row in items.tolist()):
                 raise _BrokenError("an item comes twice in one list")
+        self._run(history, manifest.item_count)
+        try:
+            self._run(history, manifest.item_count + 1)
+        except _BrokenError:
+            return
+        raise _BrokenError(f"the model has more items than item_count, {manifest.item_count}")
 
     def _check_golden(self) -> None:
         tolerance = self.manifest.golden_tolerance

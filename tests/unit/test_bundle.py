@@ -1,7 +1,6 @@
 """A bundle keeps the contract, or is refused with words that say what is wrong."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def flipped(bundle: Path) -> None:
 
 def linked(bundle: Path) -> None:
     outside = bundle.parent / "outside"
-    os.replace(bundle / "items.txt", outside)
+    (bundle / "items.txt").replace(outside)
     (bundle / "items.txt").symlink_to(outside)
 
 
@@ -99,7 +98,8 @@ def test_each_damage_has_its_own_words(
     ("changes", "message"),
     [
         ({"model": b"not onnx"}, "does not load"),
-        ({"items": ITEMS[:-1]}, "item indexes run"),
+        ({"items": ITEMS[:-1]}, "more items than item_count"),
+        ({"items": (*ITEMS, "one more")}, "fails on a history"),
         ({"items": (*ITEMS[:-1], ITEMS[0])}, "comes twice"),
         ({"items": (*ITEMS[:-1], "")}, "1 to 256 characters"),
         ({"model": tiny_model(length=9)}, "fails on a history"),

@@ -121,6 +121,11 @@ class ManagedProcess:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def exit_note(self) -> str:
+        """How it ended, while it has not been stopped: its exit code or signal number."""
+        code = None if self._watcher is None else self._watcher.poll()
+        return "still running" if code is None else f"exit code {code}"
+
     def _log_tail(self) -> str:
         try:
             lines = self.log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
