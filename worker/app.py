@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from faust.types import TP
 from yarl import URL
 
 from worker.cache import REDIS_FAILURES, Cache
-from worker.health import Health
+from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, RecordBatch, batch_consumer
 from worker.metrics import Metrics
 from worker.models import Models
@@ -158,9 +159,11 @@ class Background(mode.Service):
     async def _run_pipeline(self) -> None:
         try:
             await self._app.pipeline.run()
-        except Exception as error:
-            log.exception("pipeline_failed; the worker restarts from the committed offsets")
-            await self._app.crash(error)
+        except Exception:
+            # At once: a drain would wait for the very batch that failed. Nothing is lost, since
+            # what is not committed is read again.
+            log.exception("pipeline_failed; the process exits and starts from committed offsets")
+            os._exit(STALLED_EXIT_CODE)
 
     @mode.Service.task
     async def _refresh_models(self) -> None:

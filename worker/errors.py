@@ -38,6 +38,12 @@ class CacheError(StreamrecError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class HistoryFormatError(StreamrecError):
+    """Redis holds histories of a later release: run that one, or delete `hist:*` keys."""
+
+    exit_code = 78
+
+
 class LocalPartError(StreamrecError):
     """A broker or Redis that streamrec starts on this machine did not come up."""
 

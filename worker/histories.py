@@ -7,12 +7,15 @@ rebalance all of it is, since another worker may have gone on with those users.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from worker.cache import UserKey
 from worker.history import History
 from worker.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 Read = Callable[[Sequence[UserKey]], Awaitable[list[bytes | None]]]
 
@@ -41,18 +44,26 @@ class Histories:
         wanted = list(dict.fromkeys(keys))
         missing = [key for key in wanted if key not in self._cached]
         stored = await self._read(missing)
-        found = 0
+        found = damaged = 0
         for key, data in zip(missing, stored, strict=True):
             if data is None:
                 self._cached[key] = History(self._length)
                 continue
+            try:
+                self._cached[key] = History.from_bytes(data, self._length)
+            except ValueError as error:
+                # One damaged key must not stop everybody's stream; its user starts afresh.
+                log.error("history_damaged surface=%s error=%s", key.surface.value, error)
+                self._cached[key] = History(self._length)
+                damaged += 1
+                continue
             found += 1
-            self._cached[key] = History.from_bytes(data, self._length)
             self._resize(key, len(data))
         reads = self._metrics.history_reads
         reads.labels("cache").inc(len(wanted) - len(missing))
         reads.labels("redis").inc(found)
-        reads.labels("nowhere").inc(len(missing) - found)
+        reads.labels("damaged").inc(damaged)
+        reads.labels("nowhere").inc(len(missing) - found - damaged)
         for key in wanted:
             self._cached.move_to_end(key)
         return {key: self._cached[key] for key in wanted}

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from worker.errors import HistoryFormatError
 from worker.events import DELIBERATE_TYPES, Event, EventType
 
 Outcome = Literal["applied", "duplicate", "late"]
@@ -129,15 +130,17 @@ class History:
         """Read the stored form, cut to `length`.
 
         Raises:
-            ValueError: the data is not a history of a known format.
+            ValueError: the data is damaged.
+            HistoryFormatError: it was written by another release, and must not be overwritten.
         """
         try:
             stored = _DECODE(data)
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a stored history: {error}") from error
         if stored.format != FORMAT:
-            raise ValueError(
-                f"stored history of format {stored.format}; this worker reads {FORMAT}"
+            raise HistoryFormatError(
+                f"stored history of format {stored.format}; this worker reads {FORMAT}: run the"
+                " release that wrote it"
             )
         if len(stored.items) != len(stored.timestamps):
             raise ValueError("stored history whose items and timestamps differ in number")

@@ -131,7 +131,7 @@ class Metrics:
         )
         self.history_reads = Counter(
             "streamrec_history_reads",
-            "Histories looked up, by where they were (cache, redis, nowhere).",
+            "Histories looked up, by where they were (cache, redis, nowhere, damaged).",
             ["found"],
             registry=registry,
         )

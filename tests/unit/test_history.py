@@ -73,7 +73,7 @@ def test_view_then_like_of_one_item_is_one_entry() -> None:
     assert applied(event("a", 1, 0), event("a", 2, 1, EventType.LIKE)).items == ["a"]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\x96\x02\x90\x90\x90\x90\x80"])
+@pytest.mark.parametrize("data", [b"", b"\x00", b"\x96\x01\x91\xa1a\x90\x90\x90\x80"])
 def test_what_is_not_a_stored_history_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="stored history"):
         History.from_bytes(data, 5)

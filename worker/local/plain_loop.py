@@ -33,7 +33,9 @@ class Timed:
         return self.events / self.seconds if self.seconds else 0.0
 
 
-async def run_plain_loop(settings: Settings, bundle: Bundle, *, limit: int) -> Timed:
+async def run_plain_loop(
+    settings: Settings, bundle: Bundle, *, limit: int, group: str = "plain-loop"
+) -> Timed:
     """Process the first `limit` events of the events topic."""
     decode = msgspec.json.Decoder(UserEvent).decode
     redis = Redis.from_url(settings.redis.get_secret_value())
@@ -41,7 +43,7 @@ async def run_plain_loop(settings: Settings, bundle: Bundle, *, limit: int) -> T
     consumer = AIOKafkaConsumer(
         settings.events_topic,
         bootstrap_servers=settings.kafka,
-        group_id="plain-loop",
+        group_id=group,
         auto_offset_reset="earliest",
     )
     await producer.start()
