@@ -19,17 +19,14 @@ from pathlib import Path
 
 import onnxruntime
 
-from worker.bundle import open_bundle
-from worker.demo import NAME, Worker
+from worker.demo import NAME, time_backlog
 from worker.local.kafka import KafkaBroker
 from worker.local.ml100k import load_ml100k
-from worker.local.plain_loop import run_plain_loop
-from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
-from worker.registry import find, serving_version
+from worker.registry import serving_version
 from worker.replay import ml100k_events, send_events
 from worker.settings import load_settings
-from worker.startup import prepare
+from worker.startup import ensure_topics
 
 
 def main() -> None:
@@ -42,28 +39,22 @@ def main() -> None:
     ours, plain = [], []
     with ExitStack() as parts:
         broker = (KafkaBroker if options.real_kafka else TansuBroker)(directory / "broker")
-        redis = RedisServer(directory / "redis")
-        for part in (broker, redis):
-            parts.enter_context(part)
-        settings = load_settings(kafka=broker.bootstrap, redis=redis.url, create_topics=True)
-        asyncio.run(prepare(settings))
+        parts.enter_context(broker)
+        settings = load_settings(kafka=broker.bootstrap, create_topics=True)
+        asyncio.run(ensure_topics(settings))
         count = asyncio.run(send_events(settings, ml100k_events(load_ml100k())))
         version = serving_version(settings.registry, NAME)
-        bundle = open_bundle(find(settings.registry, NAME, version))
         for round_ in range(options.rounds):
-            # A Redis of its own: histories of the round before would make every event a repeat.
-            with RedisServer(directory / f"redis-{round_}") as fresh:
-                assert isinstance(fresh, RedisServer)
-                own = settings.model_copy(update={"redis": type(settings.redis)(fresh.url)})
-                worker = Worker(directory, own, group=f"bench-{round_}")
-                worker.start()
-                worker.wait_for_events(count)
-                ours.append(count / worker.total("streamrec_busy_seconds"))
-                worker.stop()
-                timed = asyncio.run(
-                    run_plain_loop(own, bundle, limit=options.plain_events, group=f"plain-{round_}")
-                )
-                plain.append(timed.rate)
+            worker, loop = time_backlog(
+                directory,
+                settings,
+                version,
+                count=count,
+                plain_events=options.plain_events,
+                tag=str(round_),
+            )
+            ours.append(worker)
+            plain.append(loop)
             print(f"round {round_ + 1}: worker {ours[-1]:,.0f}, plain {plain[-1]:,.0f} events/s")
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     results = {

@@ -94,12 +94,7 @@ def create_app(settings: Settings) -> StreamrecApp:
     )
     app.settings = settings
     app.metrics, app.health, app.models = metrics, health, models
-    app.cache = cache = Cache(
-        settings.redis.get_secret_value(),
-        timeout_ms=settings.redis_timeout_ms,
-        recommendations_ttl_s=settings.recommendations_ttl_s,
-        history_ttl_s=settings.history_ttl_s,
-    )
+    app.cache = cache = Cache.from_settings(settings)
     channel = app.channel(value_type=RecordBatch, maxsize=CHANNEL_BATCHES)
 
     def on_change(assigned: frozenset[TP]) -> None:

@@ -24,7 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from worker.errors import BundleError
-from worker.events import MAX_ID_LENGTH, Surface
+from worker.events import MAX_ID_LENGTH, parse_surface
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.onnx"
@@ -341,9 +341,10 @@ class _Checks:
 
     def _check_manifest(self) -> None:
         manifest = self.manifest
-        if manifest.surface not in {surface.value for surface in Surface}:
-            known = ", ".join(surface.value for surface in Surface)
-            raise _BrokenError(f"unknown surface {manifest.surface!r}; known: {known}")
+        try:
+            parse_surface(manifest.surface)
+        except ValueError as error:
+            raise _BrokenError(str(error)) from None
         if not 1 <= manifest.min_length <= manifest.max_length <= 100_000:
             raise _BrokenError(
                 f"min_length {manifest.min_length} and max_length {manifest.max_length} must be"

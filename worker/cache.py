@@ -22,6 +22,7 @@ from worker.errors import CacheError
 from worker.events import Surface
 from worker.popularity import PopularityTable
 from worker.ranking import Recommendations
+from worker.settings import Settings
 
 #: What a lost or failing Redis raises: redis-py's own errors, or the socket's.
 REDIS_FAILURES = (RedisError, OSError, TimeoutError)
@@ -93,6 +94,16 @@ class Cache:
             raise CacheError(f"STREAMREC_REDIS is not a Redis URL: {error}") from None
         self._recommendations_ttl_s = recommendations_ttl_s
         self._history_ttl_s = history_ttl_s
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Cache:
+        """The Redis that `settings` name; connects at first use."""
+        return cls(
+            settings.redis.get_secret_value(),
+            timeout_ms=settings.redis_timeout_ms,
+            recommendations_ttl_s=settings.recommendations_ttl_s,
+            history_ttl_s=settings.history_ttl_s,
+        )
 
     async def ping(self) -> None:
         """Raise unless Redis answers and takes commands."""

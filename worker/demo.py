@@ -10,15 +10,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import msgspec
-from aiokafka import AIOKafkaConsumer
-from aiokafka.structs import TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
 from worker.bundle import open_bundle
@@ -26,10 +24,11 @@ from worker.errors import LocalPartError
 from worker.events import Surface, UserEvent
 from worker.local.kafka import KafkaBroker
 from worker.local.ml100k import Ml100k, load_ml100k
-from worker.local.plain_loop import Timed, run_plain_loop
+from worker.local.plain_loop import run_plain_loop
 from worker.local.process import ManagedProcess, free_port
 from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
+from worker.local.topics import read_topic
 from worker.lookup import cached_recommendations
 from worker.ranking import Recommendations
 from worker.registry import find, promote, versions
@@ -83,7 +82,11 @@ def run_demo(
             *_hit_rates(replay, served),
         ]  # fmt: skip
         if compare:
-            rows += _compare(directory, settings, len(replay), registry, int8, worker)
+            # Stopped, so as not to share the processors with what is timed.
+            worker.stop()
+            rows += _compare(directory, settings, len(replay), int8)
+            if keep:
+                worker.start()
         click.echo("\n" + "\n".join(f"  {name:<22} {value}" for name, value in rows))
         user = show_user or replay[-1].user_id
         asyncio.run(_show_user(settings, replay, data, user))
@@ -210,42 +213,16 @@ async def _replay_and_swap(
     return swap
 
 
-async def _read_served(
-    settings: Settings,
-) -> list[tuple[Recommendations, tuple[str, int, int]]]:
-    """All published recommendations, with the place of the event that caused each."""
+async def _read_served(settings: Settings) -> list[Recommendations]:
+    """All published recommendations."""
     decode = msgspec.json.Decoder(Recommendations).decode
-    return [
-        (made, (made.origin.topic, made.origin.partition, made.origin.offset))
-        async for _, value in _read_topic(settings, settings.recommendations_topic)
-        for made in (decode(value),)
-    ]
+    records = await read_topic(
+        settings.kafka, settings.recommendations_topic, partitions=settings.topic_partitions
+    )
+    return [decode(record.value) for record in records]
 
 
-async def _read_topic(
-    settings: Settings, topic: str
-) -> AsyncIterator[tuple[tuple[int, int], bytes]]:
-    """Yield `(partition, offset), value` of every record now in `topic`."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka, auto_offset_reset="earliest")
-    await consumer.start()
-    try:
-        partitions = [TopicPartition(topic, number) for number in range(settings.topic_partitions)]
-        consumer.assign(partitions)
-        ends = await consumer.end_offsets(partitions)
-        left = {tp for tp in partitions if ends[tp] > 0}
-        while left:
-            for tp, records in (await consumer.getmany(timeout_ms=1000)).items():
-                for record in records:
-                    yield (record.partition, record.offset), record.value
-                if records and records[-1].offset + 1 >= ends[tp]:
-                    left.discard(tp)
-    finally:
-        await consumer.stop()
-
-
-def _hit_rates(
-    replay: list[UserEvent], served: list[tuple[Recommendations, tuple[str, int, int]]]
-) -> Iterator[tuple[str, str]]:
+def _hit_rates(replay: list[UserEvent], served: list[Recommendations]) -> Iterator[tuple[str, str]]:
     """How often a served list held the item of the user's next event.
 
     A user's events are one partition's, in order, so the n-th event of a user and the list made
@@ -256,8 +233,8 @@ def _hit_rates(
         sequences.setdefault(event.user_id, []).append((number, event.item_id))
     # Offsets of a partition in order are the replay's events of its users in order.
     users_of: dict[int, set[str]] = {}
-    for made, (_, partition, _) in served:
-        users_of.setdefault(partition, set()).add(made.user_id)
+    for made in served:
+        users_of.setdefault(made.origin.partition, set()).add(made.user_id)
     place: dict[tuple[int, int], int] = {}
     for partition, users in users_of.items():
         numbers = sorted(number for user in users for number, _ in sequences[user])
@@ -265,8 +242,8 @@ def _hit_rates(
             place[partition, offset] = number
     counted: dict[str, list[int]] = {"model": [0, 0], "fallback": [0, 0], "unseen": [0, 0]}
     unseen_from = int(100_000 * 0.8)
-    for made, (_, partition, offset) in served:
-        caused_by = place.get((partition, offset))
+    for made in served:
+        caused_by = place.get((made.origin.partition, made.origin.offset))
         if caused_by is None:
             continue
         following = [item for at, item in sequences[made.user_id] if at > caused_by]
@@ -290,37 +267,50 @@ def _hit_rates(
             )
 
 
-def _compare(
-    directory: Path, settings: Settings, count: int, registry: Path, version: str, old: Worker
-) -> list[tuple[str, str]]:
-    """Time a worker, then the plain loop, on the backlog that the replay left in the topic."""
-    click.echo("timing the worker on the whole backlog, then a plain aiokafka loop ...")
-    old.stop()
-    redis = RedisServer(directory / "redis-compare")
+def time_backlog(
+    directory: Path, settings: Settings, version: str, *, count: int, plain_events: int, tag: str
+) -> tuple[float, float]:
+    """Time a worker, then the plain loop, on the `count` events that lie in the topic.
+
+    Args:
+        version: of the model `NAME`, for the plain loop; the worker's is what the registry says.
+        plain_events: the plain loop takes only so many.
+        tag: tells this run's consumer groups and files from others'.
+
+    Returns:
+        Events a second of the worker and of the plain loop.
+    """
+    # A Redis of its own: histories of a run before would make every event a repeat.
+    redis = RedisServer(directory / f"redis-{tag}")
     with redis:
-        own = settings.model_copy(
-            update={"redis": type(settings.redis)(redis.url), "registry": registry}
-        )
-        # Counted in one process with the plain loop: from the first event to the last.
-        worker = Worker(directory, own, group="streamrec-compare")
+        own = settings.model_copy(update={"redis": type(settings.redis)(redis.url)})
+        worker = Worker(directory, own, group=f"streamrec-{tag}")
         worker.start()
-        worker.wait_for_events(count)
-        seconds = worker.total("streamrec_busy_seconds")
-        worker.stop()
-        plain: Timed = asyncio.run(
-            run_plain_loop(
-                own,
-                open_bundle(find(registry, NAME, version)),
-                limit=min(PLAIN_LOOP_EVENTS, count),
-            )
+        try:
+            worker.wait_for_events(count)
+            seconds = worker.total("streamrec_busy_seconds")
+        finally:
+            worker.stop()
+        bundle = open_bundle(find(settings.registry, NAME, version))
+        plain = asyncio.run(
+            run_plain_loop(own, bundle, limit=min(plain_events, count), group=f"plain-{tag}")
         )
-    old.start()
-    rate = count / seconds if seconds else 0.0
+    return count / seconds, plain.rate
+
+
+def _compare(
+    directory: Path, settings: Settings, count: int, version: str
+) -> list[tuple[str, str]]:
+    """Rows for the summary: full speed, and the plain loop beside it."""
+    click.echo("timing the worker on the whole backlog, then a plain aiokafka loop ...")
+    ours, plain = time_backlog(
+        directory, settings, version, count=count, plain_events=PLAIN_LOOP_EVENTS, tag="compare"
+    )
     return [
-        ("full speed", f"{rate:,.0f} events/s"),
+        ("full speed", f"{ours:,.0f} events/s"),
         (
             "plain aiokafka loop",
-            f"{plain.rate:,.0f} events/s, one event at a time: {rate / plain.rate:.1f}x slower",
+            f"{plain:,.0f} events/s, one event at a time: {ours / plain:.1f}x slower",
         ),
     ]
 

@@ -50,6 +50,19 @@ class Surface(StrEnum):
     ADS = "ads"
 
 
+def parse_surface(name: str) -> Surface:
+    """The surface called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    try:
+        return Surface(name)
+    except ValueError:
+        known = ", ".join(surface.value for surface in Surface)
+        raise ValueError(f"unknown surface {name!r}; known: {known}") from None
+
+
 class Reason(StrEnum):
     """Why a record cannot be used; the label of the dead-letter counter."""
 

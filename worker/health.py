@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -107,9 +106,7 @@ class HealthServer:
         self._server.server_close()
 
 
-def watch(
-    health: Health, stopping: threading.Event, end: Callable[[int], object] = os._exit
-) -> threading.Thread:
+def watch(health: Health, stopping: threading.Event) -> None:
     """Start the watchdog thread: it ends the process once the worker is stalled.
 
     `os._exit`, since a stuck event loop cannot be asked, and what is not committed is read again.
@@ -120,12 +117,9 @@ def watch(
             reason = health.stalled(time.monotonic())
             if reason is not None:
                 log.critical("stalled reason=%s; the process exits for a restart", reason)
-                end(STALLED_EXIT_CODE)
-                return
+                os._exit(STALLED_EXIT_CODE)
 
-    thread = threading.Thread(target=run, name="streamrec-watchdog", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, name="streamrec-watchdog", daemon=True).start()
 
 
 def _handler(health: Health, registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:

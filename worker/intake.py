@@ -165,11 +165,9 @@ class BatchConsumer(driver.Consumer):
             if topics is None or tp in topics or tp.topic in topics
         )
 
-    def _new_offset(self, tp: TP) -> int | None:
-        return self.tracker.committable().get(tp)
-
     async def _commit_tps(self, tps: Iterable[TP], start_new_transaction: bool) -> bool:
-        offsets = {tp: offset for tp in tps if (offset := self._new_offset(tp)) is not None}
+        committable = self.tracker.committable()
+        offsets = {tp: committable[tp] for tp in tps if tp in committable}
         if not offsets:
             return False
         committed: bool = await self._commit(offsets)

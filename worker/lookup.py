@@ -8,7 +8,7 @@ import msgspec
 
 from worker.cache import REDIS_FAILURES, Cache, UserKey
 from worker.errors import CacheError, SettingsError
-from worker.events import Surface
+from worker.events import parse_surface
 from worker.settings import Settings
 
 
@@ -21,17 +21,13 @@ async def cached_recommendations(
         SettingsError: there is no such surface.
         CacheError: Redis does not answer.
     """
-    if surface not in {known.value for known in Surface}:
-        known = ", ".join(known.value for known in Surface)
-        raise SettingsError(f"unknown surface {surface!r}; known: {known}")
-    cache = Cache(
-        settings.redis.get_secret_value(),
-        timeout_ms=settings.redis_timeout_ms,
-        recommendations_ttl_s=1,
-        history_ttl_s=1,
-    )
     try:
-        found = await cache.read_recommendations(UserKey(user_id, Surface(surface)))
+        key = UserKey(user_id, parse_surface(surface))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    cache = Cache.from_settings(settings)
+    try:
+        found = await cache.read_recommendations(key)
     except REDIS_FAILURES as error:
         raise CacheError(
             f"Redis does not answer ({error}): start it, or set STREAMREC_REDIS to where it is"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ class Pipeline:
         effects = Effects(batches)
         with self._stage("decode"):
             records = [record for batch in batches for record in batch.records]
-            decoded = self._decode(records)
+            decoded = self._decoder.decode(records, now_ms=int(time.time() * 1000))
         effects.rejected = decoded.rejected
         self._metrics.batch_events.observe(len(records))
         with self._stage("history"):
@@ -181,9 +182,6 @@ class Pipeline:
                 effects.rejected.clear()
         return effects
 
-    def _decode(self, records: Sequence[Record]) -> EventBatch:
-        return self._decoder.decode(records, now_ms=int(time.time() * 1000))
-
     async def _apply(
         self, decoded: EventBatch, effects: Effects
     ) -> tuple[dict[UserKey, History], dict[UserKey, Record]]:
@@ -192,6 +190,7 @@ class Pipeline:
         histories = await self._histories.load(keys)
         touched: dict[UserKey, History] = {}
         newest: dict[UserKey, Record] = {}
+        outcomes: Counter[tuple[str, str, str]] = Counter()
         for event, key in zip(decoded.events, keys, strict=True):
             history = histories[key]
             try:
@@ -215,7 +214,9 @@ class Pipeline:
                 # A repeat is written again too: its first effects may never have arrived.
                 touched[key] = history
                 newest[key] = event.record
-            self._metrics.events.labels(event.surface.value, event.event_type.value, outcome).inc()
+            outcomes[event.surface.value, event.event_type.value, outcome] += 1
+        for labels, count in outcomes.items():
+            self._metrics.events.labels(*labels).inc(count)
         for place, counted in self._popularity.items():
             if counted.changed or counted.removed:
                 effects.popularity[place] = counted.copy_changes()

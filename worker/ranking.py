@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Set
-from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
@@ -38,11 +37,6 @@ class Recommendations(msgspec.Struct, frozen=True, gc=False):
     generated_at_ms: int
     #: The newest event that the list reflects.
     origin: Origin
-
-    @property
-    def generated_at(self) -> datetime:
-        """When the list was made."""
-        return datetime.fromtimestamp(self.generated_at_ms / 1000.0, tz=UTC)
 
 
 class Filter:

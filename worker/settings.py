@@ -5,6 +5,7 @@ A name ends in its unit (`_s`, `_ms`, `_mb`, `_bytes`); what has none is a count
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +13,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.errors import SettingsError
-from worker.events import Surface
+from worker.events import Surface, parse_surface
 
 PREFIX = "STREAMREC_"
 
@@ -156,23 +157,12 @@ class Settings(BaseSettings):
         return parse_models(self.models)
 
 
+@dataclass(frozen=True, slots=True)
 class ModelChoice:
     """A model's name in the registry and, where pinned, its version."""
 
-    __slots__ = ("name", "version")
-
-    def __init__(self, name: str, version: str | None) -> None:
-        self.name = name
-        self.version = version
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelChoice) and (self.name, self.version) == (
-            other.name,
-            other.version,
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.version))
+    name: str
+    version: str | None
 
 
 def parse_models(value: str) -> dict[Surface, ModelChoice]:
@@ -187,10 +177,7 @@ def parse_models(value: str) -> dict[Surface, ModelChoice]:
         name, _, version = reference.partition("@")
         if not equals or not name:
             raise ValueError(f"{part!r} is not surface=name[@version]")
-        if surface_name not in {surface.value for surface in Surface}:
-            known = ", ".join(surface.value for surface in Surface)
-            raise ValueError(f"unknown surface {surface_name!r}; known: {known}")
-        surface = Surface(surface_name)
+        surface = parse_surface(surface_name)
         if surface in choices:
             raise ValueError(f"surface {surface_name!r} is named twice")
         choices[surface] = ModelChoice(name, version or None)

@@ -82,12 +82,7 @@ async def ensure_topics(settings: Settings) -> None:
 
 
 async def _ping(settings: Settings) -> None:
-    cache = Cache(
-        settings.redis.get_secret_value(),
-        timeout_ms=settings.redis_timeout_ms,
-        recommendations_ttl_s=1,
-        history_ttl_s=1,
-    )
+    cache = Cache.from_settings(settings)
     try:
         await cache.ping()
     finally:

@@ -16,6 +16,13 @@ from worker.replay import ml100k_events
 SHIPPED = Path(__file__).parents[2] / "models" / "shipped"
 
 
+@pytest.fixture
+def world(tmp_path: Path, tansu: TansuBroker, redis_server: RedisServer) -> World:
+    """The embedded broker, a Redis, and a tiny model."""
+    tiny_bundle(tmp_path / "registry" / "posts" / "v1")
+    return World(tmp_path, tansu, redis_server, tmp_path / "registry")
+
+
 def test_after_sigkill_midway_every_cached_list_reflects_the_users_last_event(
     tmp_path: Path, broker: TansuBroker | KafkaBroker, redis_server: RedisServer
 ) -> None:
@@ -49,10 +56,8 @@ def test_after_sigkill_midway_every_cached_list_reflects_the_users_last_event(
 
 
 def test_a_redis_outage_delays_events_and_loses_none(
-    tmp_path: Path, tansu: TansuBroker, redis_server: RedisServer
+    world: World, redis_server: RedisServer
 ) -> None:
-    tiny_bundle(tmp_path / "registry" / "posts" / "v1")
-    world = World(tmp_path, tansu, redis_server, tmp_path / "registry")
     with world.worker() as worker:
         world.send([event("ann", ITEMS[0], 1)])
         eventually(lambda: sum(world.committed().values()) == 1, "first event committed")
@@ -69,15 +74,13 @@ def test_a_redis_outage_delays_events_and_loses_none(
 
 
 def test_a_worker_that_stops_consuming_fails_livez_and_exits(
-    tmp_path: Path, tansu: TansuBroker, redis_server: RedisServer
+    world: World, redis_server: RedisServer
 ) -> None:
     """faust-streaming/faust#175: a consumer that stops, in a process that looks well. Here the
     pipeline is held by a Redis that accepts commands and never answers a blocked client, while
     the watch, on a connection of its own, still gets answers."""
     from redis import Redis
 
-    tiny_bundle(tmp_path / "registry" / "posts" / "v1")
-    world = World(tmp_path, tansu, redis_server, tmp_path / "registry")
     with world.worker(stall_timeout_s="3", redis_timeout_ms="600000") as worker:
         with Redis.from_url(redis_server.url) as client:
             # Writes wait; PING does not.
@@ -100,13 +103,11 @@ def test_stock_faust_acknowledges_a_batch_whose_handler_raised(method: str) -> N
 
 
 def test_a_crash_of_the_pipeline_leaves_its_batch_uncommitted(
-    tmp_path: Path, tansu: TansuBroker, redis_server: RedisServer
+    world: World, redis_server: RedisServer
 ) -> None:
     """The cure: the same failure here commits nothing, and a restart reads the events again."""
     from redis import Redis
 
-    tiny_bundle(tmp_path / "registry" / "posts" / "v1")
-    world = World(tmp_path, tansu, redis_server, tmp_path / "registry")
     with Redis.from_url(redis_server.url) as client:
         # A history written by a later release makes the handler raise: it must not be overwritten.
         later = msgspec.msgpack.encode([2, [], [], [], [], {}])
@@ -124,12 +125,10 @@ def test_a_crash_of_the_pipeline_leaves_its_batch_uncommitted(
 
 
 def test_a_damaged_history_costs_one_user_their_past_and_nobody_the_stream(
-    tmp_path: Path, tansu: TansuBroker, redis_server: RedisServer
+    world: World, redis_server: RedisServer
 ) -> None:
     from redis import Redis
 
-    tiny_bundle(tmp_path / "registry" / "posts" / "v1")
-    world = World(tmp_path, tansu, redis_server, tmp_path / "registry")
     with Redis.from_url(redis_server.url) as client:
         client.set("hist:{ann}:posts", b"garbage")
     with world.worker() as worker:

@@ -21,6 +21,7 @@ from worker.local.kafka import KafkaBroker
 from worker.local.process import ManagedProcess, free_port
 from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
+from worker.local.topics import read_topic
 
 PARTITIONS = 4
 
@@ -79,24 +80,7 @@ class World:
 
     def read(self, topic: str) -> list[Any]:
         """Every record now in `topic`."""
-
-        async def run() -> list[Any]:
-            consumer = AIOKafkaConsumer(bootstrap_servers=self.broker.bootstrap)
-            await consumer.start()
-            try:
-                partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
-                consumer.assign(partitions)
-                await consumer.seek_to_beginning(*partitions)
-                ends = await consumer.end_offsets(partitions)
-                found: list[Any] = []
-                while len(found) < sum(ends.values()):
-                    for records in (await consumer.getmany(timeout_ms=500)).values():
-                        found += records
-                return found
-            finally:
-                await consumer.stop()
-
-        return asyncio.run(run())
+        return asyncio.run(read_topic(self.broker.bootstrap, topic, partitions=PARTITIONS))
 
     def cached(self, user: str) -> dict[str, Any] | None:
         """What Redis holds for a user."""

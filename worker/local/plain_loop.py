@@ -33,9 +33,7 @@ class Timed:
         return self.events / self.seconds if self.seconds else 0.0
 
 
-async def run_plain_loop(
-    settings: Settings, bundle: Bundle, *, limit: int, group: str = "plain-loop"
-) -> Timed:
+async def run_plain_loop(settings: Settings, bundle: Bundle, *, limit: int, group: str) -> Timed:
     """Process the first `limit` events of the events topic."""
     decode = msgspec.json.Decoder(UserEvent).decode
     redis = Redis.from_url(settings.redis.get_secret_value())
