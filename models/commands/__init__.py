@@ -1,0 +1,1 @@
+"""Commands of `streamrec models`, one module per topic; models/cli.py puts them together."""
