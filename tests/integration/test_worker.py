@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.conftest import ITEMS, tiny_bundle
 from tests.integration.support import World, event, eventually
+from worker.cli import main
 from worker.local.kafka import KafkaBroker
 from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
@@ -26,7 +28,9 @@ def world(
     return World(tmp_path, broker, redis_server, registry)
 
 
-def test_events_become_recommendations_in_redis_and_on_the_topic(world: World) -> None:
+def test_events_become_recommendations_in_redis_and_on_the_topic(
+    world: World, registry: Path
+) -> None:
     with world.worker() as worker:
         world.send(event("ann", item, n) for n, item in enumerate(ITEMS[:3]))
         world.send([event("new", "unknown to the model")])
@@ -37,6 +41,13 @@ def test_events_become_recommendations_in_redis_and_on_the_topic(world: World) -
         assert cached["model_version"] == "posts@v1"
         assert len(cached["items"]) == 10
         assert not set(cached["items"]) & set(ITEMS[:3])
+        # The history that the worker wrote is the one that explains the list that it wrote.
+        flags = ["--explain", "--redis", world.redis.url, "--registry", str(registry)]
+        said = json.loads(CliRunner().invoke(main, ["recommend", "ann", *flags]).stdout)
+        assert said["explanations"]["history_changed"] is False
+        assert [one["score"] for one in said["explanations"]["items"]] == pytest.approx(
+            cached["scores"], abs=1e-4
+        )
         fallback = world.cached("new")
         assert fallback is not None
         assert (fallback["source"], fallback["model_version"]) == ("fallback", "popularity")
