@@ -8,29 +8,21 @@ redistribution without permission, so it is fetched at run time.
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import StreamrecError
 from worker.local.kafka import cache_directory
+from worker.local.wheels import Wheel, fetch_wheel, read_members
 
-WHEEL = "recbole-1.2.1-py3-none-any.whl"
-REQUIREMENT = "recbole==1.2.1"
-WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+WHEEL = Wheel(
+    file="recbole-1.2.1-py3-none-any.whl",
+    requirement="recbole==1.2.1",
+    sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+)
 _FOLDER = "recbole/dataset_example/ml-100k/ml-100k"
-
-
-class DatasetError(StreamrecError):
-    """The data set could not be had."""
-
-    exit_code = 69
 
 
 @dataclass(frozen=True)
@@ -56,24 +48,21 @@ def load_ml100k(cache: Path | None = None) -> Ml100k:
     Raises:
         DatasetError: the wheel could not be fetched, or is not the one that is expected.
     """
-    return read_ml100k(_wheel(cache if cache is not None else cache_directory()))
+    return read_ml100k(fetch_wheel(WHEEL, cache if cache is not None else cache_directory()))
 
 
 def read_ml100k(wheel: Path) -> Ml100k:
-    """Read the data set out of the wheel at `wheel`."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            interactions = archive.read(f"{_FOLDER}.inter")
-            films = archive.read(f"{_FOLDER}.item").decode("utf-8", "replace")
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
-        raise DatasetError(
-            f"{wheel} does not hold ML-100K ({error}); delete it and try again"
-        ) from None
+    """Read the data set out of the wheel at `wheel`.
+
+    Raises:
+        DatasetError: the wheel is damaged.
+    """
+    interactions, films = read_members(wheel, (f"{_FOLDER}.inter", f"{_FOLDER}.item"))
     rows = [line.split("\t") for line in interactions.decode().splitlines()[1:]]
     timestamps = np.array([int(float(row[3])) for row in rows], dtype=np.int64)
     order = np.argsort(timestamps, kind="stable")
     titles = {}
-    for line in films.splitlines()[1:]:
+    for line in films.decode("utf-8", "replace").splitlines()[1:]:
         fields = line.split("\t")
         titles[fields[0]] = f"{fields[1]} ({fields[2]})" if fields[2] else fields[1]
     return Ml100k(
@@ -84,30 +73,3 @@ def read_ml100k(wheel: Path) -> Ml100k:
         titles=titles,
         sha256=hashlib.sha256(interactions).hexdigest(),
     )
-
-
-def _wheel(cache: Path) -> Path:
-    wheel = cache / WHEEL
-    if wheel.is_file() and hashlib.sha256(wheel.read_bytes()).hexdigest() == WHEEL_SHA256:
-        return wheel
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        pinned = Path(folder) / "requirements.txt"
-        pinned.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
-        fetched = subprocess.run(
-            [
-                sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                "--no-deps", "--only-binary=:all:", "--require-hashes",
-                "--dest", folder, "-r", str(pinned),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )  # fmt: skip
-        if fetched.returncode != 0:
-            raise DatasetError(
-                "ML-100K could not be fetched with pip (is the package index reachable?):"
-                f" {fetched.stderr.strip()[-500:]}"
-            )
-        (Path(folder) / WHEEL).replace(wheel)
-    return wheel
