@@ -7,7 +7,7 @@ kept: the worker must know each of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +29,7 @@ class Interactions:
     @property
     def user_count(self) -> int:
         """Number of users."""
-        return int(self.users.max()) + 1
+        return int(self.users.max(initial=-1)) + 1
 
     @property
     def item_count(self) -> int:
@@ -53,11 +53,16 @@ class Interactions:
 class Queries:
     """Questions to a recommender: after this history, which item comes next?
 
-    `histories`: items seen before, oldest first; `targets`: int64 `[queries]`.
+    `histories`: items seen before, oldest first; `targets`: int64 `[queries]`; `users`: int64
+    `[queries]`, who asks, or None where each query is another user's. One user's queries are not
+    independent. `barred`: int64 `[queries]`, an item that is no candidate though it is not in the
+    history (where items are users, whoever asks), 0 for none; None bars nothing.
     """
 
     histories: Sequence[NDArray[np.int64]]
     targets: NDArray[np.int64]
+    users: NDArray[np.int64] | None = None
+    barred: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -79,20 +84,95 @@ def index_interactions(users: Sequence[str], items: Sequence[str]) -> Interactio
     )
 
 
+def index_by(users: Sequence[str], items: Sequence[str], item_ids: Sequence[str]) -> Interactions:
+    """Number items as a bundle does; events with items that it does not know are left out."""
+    place = {item: number for number, item in enumerate(item_ids, start=1)}
+    numbers = np.array([place.get(str(item), 0) for item in items], dtype=np.int64)
+    known = numbers > 0
+    _, user_index = np.unique(np.asarray(users)[known], return_inverse=True)
+    return Interactions(user_index.astype(np.int64), numbers[known], tuple(item_ids))
+
+
+@dataclass(frozen=True)
+class Split:
+    """What to learn from, what to choose by, and what to be judged by once."""
+
+    name: str
+    train: list[NDArray[np.int64]]
+    validation: Queries
+    test: Queries
+
+
+#: Names of the splits, with the share of time before the test for those by time.
+LEAVE_ONE_OUT, BY_TIME, EVERYTHING = "leave-one-out", "time", "all"
+TRAIN_END, TEST_START = 0.75, 0.8
+_ALL_TRAIN_END = 0.95
+
+
+def split(data: Interactions, name: str, *, limit: int | None = None, seed: int = 0) -> Split:
+    """Divide events.
+
+    Args:
+        name: `leave-one-out`, the protocol of most published figures, which lets a model see other
+            users' future; or `time`: train on the first 75 % of events, choose by the next 5 %,
+            test on the last 20 %, which is what a worker meets; or `all`: choose by the last 5 %,
+            test on nothing.
+        limit: at most this many validation and test queries, drawn at random.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if name == LEAVE_ONE_OUT:
+        train, validation, test = leave_one_out(data)
+    elif name == BY_TIME:
+        train = data.until(TRAIN_END).sequences()
+        validation = next_events(data, TRAIN_END, TEST_START)
+        test = next_events(data, TEST_START, 1.0)
+    elif name == EVERYTHING:
+        train = data.until(_ALL_TRAIN_END).sequences()
+        validation, test = next_events(data, _ALL_TRAIN_END, 1.0), _queries([])
+    else:
+        raise ValueError(f"no split {name!r}; there are {LEAVE_ONE_OUT}, {BY_TIME}, {EVERYTHING}")
+    return Split(name, train, sample(validation, limit, seed), sample(test, limit, seed))
+
+
+def before_test(data: Interactions, name: str) -> list[NDArray[np.int64]]:
+    """Sequences of all events that the split does not test on: train and validation together."""
+    if name == LEAVE_ONE_OUT:
+        return [s[:-1] if len(s) >= 3 else s for s in data.sequences()]
+    return data.until(TEST_START if name == BY_TIME else 1.0).sequences()
+
+
+def sample(queries: Queries, limit: int | None, seed: int = 0) -> Queries:
+    """At most `limit` queries, drawn at random, order kept."""
+    if limit is None or len(queries) <= limit:
+        return queries
+    chosen = np.sort(np.random.default_rng(seed).choice(len(queries), limit, replace=False))
+    users = queries.users[chosen] if queries.users is not None else None
+    barred = queries.barred[chosen] if queries.barred is not None else None
+    return Queries([queries.histories[n] for n in chosen], queries.targets[chosen], users, barred)
+
+
 def leave_one_out(
     data: Interactions,
 ) -> tuple[list[NDArray[np.int64]], Queries, Queries]:
     """Train sequences, validation and test queries: each user's last item is the test target, the
     one before it the validation target (Kang & McAuley, ICDM 2018)."""
-    train, validation, test = [], [], []
-    for sequence in data.sequences():
+    train, validation, test, users = [], [], [], []
+    for user, sequence in enumerate(data.sequences()):
         if len(sequence) < 3:
             train.append(sequence)
             continue
         train.append(sequence[:-2])
         validation.append((sequence[:-2], sequence[-2]))
         test.append((sequence[:-1], sequence[-1]))
-    return train, _queries(validation), _queries(test)
+        users.append(user)
+    asked = np.array(users, dtype=np.int64)
+    return (
+        train,
+        replace(_queries(validation), users=asked),
+        replace(_queries(test), users=asked),
+    )
 
 
 def next_events(data: Interactions, start: float, end: float) -> Queries:
@@ -102,14 +182,15 @@ def next_events(data: Interactions, start: float, end: float) -> Queries:
     """
     first, last = int(len(data.users) * start), int(len(data.users) * end)
     past: dict[int, list[int]] = {}
-    asked = []
+    asked, users = [], []
     for position in range(last):
         user, item = int(data.users[position]), int(data.items[position])
         history = past.setdefault(user, [])
         if position >= first and history:
             asked.append((np.array(history, dtype=np.int64), item))
+            users.append(user)
         history.append(item)
-    return _queries(asked)
+    return replace(_queries(asked), users=np.array(users, dtype=np.int64))
 
 
 def padded(histories: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.int64]:

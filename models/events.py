@@ -75,6 +75,23 @@ def at_least(events: Events, minimum: int) -> Events:
     )
 
 
+def merged(events: Events) -> Events:
+    """`events` without those that repeat their user's event before, such as a like after a view:
+    one step of a history, as the worker keeps it."""
+    order = np.argsort(events.users, kind="stable")
+    users, items = events.users[order], events.items[order]
+    fresh = np.ones(len(order), dtype=bool)
+    fresh[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
+    kept = np.sort(order[fresh])
+    return replace(
+        events,
+        users=events.users[kept],
+        items=events.items[kept],
+        types=events.types[kept],
+        timestamps_ms=events.timestamps_ms[kept],
+    )
+
+
 class BadRecords:
     """What becomes of records that break the contract: an error, or a count.
 

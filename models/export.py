@@ -14,12 +14,23 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from models.sasrec import Params, Shape
+from worker.bundle import STATE
+from worker.errors import StreamrecError
 
-OPSET = 20
-#: Names that models/quantize.py looks for.
+OPSET = 21
+#: Names that compression and `read_params` look for.
 ITEM_TABLE = "item_table"
+POSITIONS = "positions"
+INPUT_SCALE = "input_scale"
 LOOKUP_NODE = "look_up_items"
 SCORE_NODE = "score_items"
+HEAD_SPLIT = "head_split"
+
+
+class NotSasrecError(StreamrecError):
+    """The graph was not made by `export`, or no longer is what it made."""
+
+    exit_code = 66
 
 
 class Graph:
@@ -51,11 +62,11 @@ def export(params: Params, shape: Shape) -> bytes:
     graph = Graph()
     table = np.array(params["items"], dtype=np.float32)
     graph.weight(ITEM_TABLE, table)
-    positions = graph.weight("positions", np.asarray(params["positions"], dtype=np.float32))
+    positions = graph.weight(POSITIONS, np.asarray(params["positions"], dtype=np.float32))
 
     found = graph.add("Gather", ITEM_TABLE, "history", axis=0, name=LOOKUP_NODE)
     x = graph.add(
-        "Mul", found, graph.constant(np.float32(math.sqrt(shape.width)) * np.ones(1, "f"))
+        "Mul", found, graph.weight(INPUT_SCALE, np.array([shape.input_scale], dtype=np.float32))
     )
     x = graph.add("Add", x, positions)
     real = graph.add("Greater", "history", graph.constant(np.zeros(1, np.int64)))
@@ -64,14 +75,17 @@ def export(params: Params, shape: Shape) -> bytes:
     length = shape.length
     causal = np.where(np.tril(np.ones((length, length), dtype=bool)), 0.0, -1e9)[None, None]
     for number, block in enumerate(params["blocks"]):
-        last_only = number == shape.blocks - 1
+        last_only = number == len(params["blocks"]) - 1
         mask = padding
         if not last_only:
             # The last position may look at everything: there the causal mask is all zeros.
             mask = graph.add("Add", padding, graph.constant(causal.astype(np.float32)))
         x = _block(graph, x, block, mask, shape, f"block{number}", last_only=last_only)
     x = _norm(graph, x, params["norm"], "norm")
-    x = graph.add("Squeeze", x, graph.constant(np.array([1])))
+    # The user's state, which a text encoder's vectors are scored against (docs/text.md).
+    axis = graph.constant(np.array([1]))
+    graph.nodes.append(helper.make_node("Squeeze", [x, axis], [STATE.name], name="user_state"))
+    x = STATE.name
     transposed = graph.add("Transpose", ITEM_TABLE, perm=[1, 0])
     logits = graph.add("MatMul", x, transposed, name=SCORE_NODE)
     # Column 0 is padding: leave it out, and count from 1 again after TopK.
@@ -97,6 +111,7 @@ def export(params: Params, shape: Shape) -> bytes:
             [
                 value("items", TensorProto.INT64, ["batch", "k_out"]),
                 value("scores", TensorProto.FLOAT, ["batch", "k_out"]),
+                value(STATE.name, TensorProto.FLOAT, ["batch", "width"]),
             ],
             graph.weights,
         ),
@@ -108,12 +123,64 @@ def export(params: Params, shape: Shape) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def read_params(model: ModelProto) -> tuple[Params, Shape]:
+    """Parameters and shape of a float32 graph that `export` made: its inverse.
+
+    Raises:
+        NotSasrecError: the graph is another model's, or its weights are no longer float32.
+    """
+    weights = {w.name: w for w in model.graph.initializer}
+
+    def value(name: str) -> NDArray[np.float32]:
+        stored = weights.get(name)
+        if stored is None or stored.data_type != TensorProto.FLOAT:
+            raise NotSasrecError(
+                f"the graph has no float32 weight {name!r}: methods that change a model's"
+                " structure need a float32 bundle from `streamrec models train`"
+            )
+        return np.array(numpy_helper.to_array(stored), dtype=np.float32)
+
+    def linear(name: str) -> dict[str, NDArray[np.float32]]:
+        return {"w": value(f"{name}_weight"), "b": value(f"{name}_bias")}
+
+    def norm(name: str) -> dict[str, NDArray[np.float32]]:
+        return {"scale": value(f"{name}_scale"), "bias": value(f"{name}_shift")}
+
+    blocks: list[Params] = []
+    while f"block{len(blocks)}_out_weight" in weights:
+        name = f"block{len(blocks)}"
+        if f"{name}_qkv_weight" in weights:
+            qkv = linear(f"{name}_qkv")
+        else:
+            parts = linear(f"{name}_query"), linear(f"{name}_key_value")
+            qkv = {key: np.concatenate([part[key] for part in parts], -1) for key in ("w", "b")}
+        blocks.append({"qkv": qkv, "norm1": norm(f"{name}_norm1"), "norm2": norm(f"{name}_norm2")})
+        for part in ("out", "up", "down"):
+            blocks[-1][part] = linear(f"{name}_{part}")
+    table, positions = value(ITEM_TABLE), value(POSITIONS)
+    if not blocks:
+        raise NotSasrecError("the graph has no attention blocks of `streamrec models train`")
+    split = next(w for w in weights.values() if w.name.startswith(HEAD_SPLIT))
+    shape = Shape(
+        item_count=len(table) - 1,
+        length=len(positions),
+        width=table.shape[1],
+        blocks=len(blocks),
+        head_width=int(numpy_helper.to_array(split)[-1]),
+        input_scale=float(value(INPUT_SCALE)[0]),
+    )
+    return {
+        "items": table, "positions": positions, "blocks": blocks, "norm": norm("norm")
+    }, shape  # fmt: skip
+
+
 def _block(
     graph: Graph, x: str, block: Params, mask: str, shape: Shape, name: str, *, last_only: bool
 ) -> str:
-    width, heads = shape.width, shape.heads
-    head_width = width // heads
     weights, biases = np.asarray(block["qkv"]["w"]), np.asarray(block["qkv"]["b"])
+    head_width = shape.head_width
+    width = weights.shape[1] // 3  # of all heads together
+    heads = width // head_width
     normed = _norm(graph, x, block["norm1"], f"{name}_norm1")
     asked = normed
     if last_only:
@@ -127,7 +194,7 @@ def _block(
         all3 = _linear(graph, normed, weights, biases, f"{name}_qkv")
         query = _part(graph, all3, 0, width)
         both = _part(graph, all3, width, 3 * width)
-    split = graph.constant(np.array([0, 0, heads, head_width]))
+    split = graph.weight(f"{HEAD_SPLIT}_{name}", np.array([0, 0, heads, head_width]))
 
     def by_head(tensor: str, order: list[int]) -> str:
         return graph.add("Transpose", graph.add("Reshape", tensor, split), perm=order)
