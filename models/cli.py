@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
-from models.commands import compress, publish, search, train
+from models.commands import compress, publish, report, search, train
+
+_TOPICS = (train, compress, search, report, publish)
 
 
-@click.group(commands=[*train.COMMANDS, *compress.COMMANDS, *search.COMMANDS, *publish.COMMANDS])
+@click.group(commands=[command for topic in _TOPICS for command in topic.COMMANDS])
 def models() -> None:
     """Train, compress, evaluate and publish models."""

@@ -73,13 +73,18 @@ def export(params: Params, shape: Shape) -> bytes:
     padding = graph.add("Where", real, graph.constant(_f(0.0)), graph.constant(_f(-1e9)))
     padding = graph.add("Unsqueeze", padding, graph.constant(np.array([1, 2])))
     length = shape.length
-    causal = np.where(np.tril(np.ones((length, length), dtype=bool)), 0.0, -1e9)[None, None]
+    # Nobody may look ahead. Made by nodes of constants, which are folded while loading: stored, it
+    # would be larger than the weights of a block.
+    square = graph.weight("causal_shape", np.array([length, length]))
+    blocked = numpy_helper.from_array(_f(-1e9))
+    causal = graph.add("ConstantOfShape", square, value=blocked)
+    causal = graph.add("Trilu", causal, graph.weight("causal_from", np.array(1)), upper=1)
     for number, block in enumerate(params["blocks"]):
         last_only = number == len(params["blocks"]) - 1
         mask = padding
         if not last_only:
             # The last position may look at everything: there the causal mask is all zeros.
-            mask = graph.add("Add", padding, graph.constant(causal.astype(np.float32)))
+            mask = graph.add("Add", padding, causal)
         x = _block(graph, x, block, mask, shape, f"block{number}", last_only=last_only)
     x = _norm(graph, x, params["norm"], "norm")
     # The user's state, which a text encoder's vectors are scored against (docs/text.md).

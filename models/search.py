@@ -232,32 +232,14 @@ class _Judge:
     def tune(
         self, singles: list[list[Trial]], max_loss: float, objective: str, count: int, epochs: int
     ) -> None:
-        """Fine-tune the most promising cuts that lose too much as they are."""
-        quantization = singles[-1]
-        cuts = [guess for guess in _combinations(singles[:-2]) if guess.loss <= 10 * max_loss]
-        cuts = [g for g in cuts if g.loss > max_loss / 4]
-        cuts.sort(key=lambda guess: guess.objective(objective) * (1.0 + 2.0 * max(guess.loss, 0.0)))
-        best = min(
-            (t for t in quantization if t.loss <= max_loss),
-            key=lambda t: t.objective(objective),
-            default=None,
-        )
-        tight = [t.recipe for t in ([best] if best else [])]
-        tight += [r for r in ("int8", "int4") if r not in tight]
-        for guess in cuts[:count]:
-            tuned = f"{guess.recipe} + finetune:{epochs}"
-            # Trained once: what follows works on the tuned draft.
-            started = time.monotonic()
-            try:
-                made = recipe.apply(recipe.parse(tuned, METHODS), self._draft, self._context)
-            except CompressionError as error:
-                self.failed[tuned] = str(error)
-                continue
-            seconds = time.monotonic() - started
-            for last in ("", *tight, *(f"prune:{s} + {tight[0]}" for s in (0.3, 0.5))):
-                steps = recipe.parse(last, METHODS) if last else ()
-                text = f"{tuned} + {last}" if last else tuned
-                self._measure(recipe.apply(steps, made, self._context), text, "fine-tuned", seconds)
+        """Fine-tune the most promising recipes that lose too much as they are.
+
+        Quantization is planned before the training, so that it learns to live with the rounding.
+        """
+        guesses = [g for g in _combinations(singles) if max_loss < g.loss <= 10 * max_loss]
+        guesses.sort(key=lambda guess: guess.objective(objective) * (1.0 + 3.0 * guess.loss))
+        for guess in guesses[:count]:
+            self.run(f"{guess.recipe} + finetune:{epochs}", "fine-tuned")
 
     def found(self, max_loss: float, objective: str) -> Found:
         """The outcome."""

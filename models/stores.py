@@ -374,7 +374,7 @@ def open_store(url: str) -> Store:
         return LocalStore(Path(url))
     try:
         # Of the train extra; comes without types.
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # noqa: PLC0415
+        from fsspec.core import url_to_fs  # noqa: PLC0415
     except ImportError:
         raise ExtraMissingError(f"{url} needs fsspec: pip install 'streamrec[train]'") from None
     scheme = url.partition("://")[0]

@@ -32,6 +32,26 @@ local_registry = click.option(
 )
 
 
+class Percent(click.ParamType):
+    """A share, written 0.01 or 1%."""
+
+    name = "share"
+
+    def convert(
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read it."""
+        if isinstance(value, float):
+            return value
+        try:
+            share = float(value[:-1]) / 100.0 if value.endswith("%") else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a share: write 0.01 or 1%", param, ctx)
+        if not 0.0 <= share < 1.0:
+            self.fail(f"{value} must be at least 0 and below 100%", param, ctx)
+        return share
+
+
 def source_options(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add --events, --split, --limit and --skip-bad."""
     options = [

@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from models.commands.options import (
+    Percent,
     draft_with_context,
     local_registry,
     slug,
@@ -16,26 +17,6 @@ from models.commands.options import (
     stamp,
     training_code,
 )
-
-
-class Percent(click.ParamType):
-    """A share, written 0.01 or 1%."""
-
-    name = "share"
-
-    def convert(
-        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Read it."""
-        if isinstance(value, float):
-            return value
-        try:
-            share = float(value[:-1]) / 100.0 if value.endswith("%") else float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a share: write 0.01 or 1%", param, ctx)
-        if not 0.0 <= share < 1.0:
-            self.fail(f"{value} must be at least 0 and below 100%", param, ctx)
-        return share
 
 
 @click.command("search")

@@ -50,7 +50,7 @@ class Rows:
         largest = xp.abs(weight).max(axis=self.axis, keepdims=True)
         scale = xp.where(largest > 0, largest / top, 1.0)
         if self.bits == 8:
-            return scale.astype(np.float32)
+            return _stored(scale, xp)
         # In four bits the largest value costs more than it is worth: try narrower ranges and take
         # the one with the least squared error, channel by channel.
         best, best_error = scale, None
@@ -63,7 +63,7 @@ class Rows:
                 better = error < best_error
                 best = xp.where(better, tried, best)
                 best_error = xp.where(better, error, best_error)
-        return best.astype(np.float32)
+        return _stored(best, xp)
 
     def rounded(self, weight: Any, xp: Any) -> Any:
         """What the weight becomes, float32."""
@@ -80,7 +80,8 @@ class Rows:
         integers, scale = self.integers(weight)
         rewriter.remove_weight(name)
         stored = rewriter.store_integers(f"{name}_int", integers, self.bits)
-        scales = rewriter.weight(f"{name}_scales", scale)
+        half = rewriter.weight(f"{name}_scales_half", scale.astype(np.float16))
+        scales = rewriter.unpack("Cast", [half], f"{name}_scales", to=TensorProto.FLOAT)
         rest = rewriter.consumers(name)
         if self.integer:
             rest = [node for node in rest if not _lower_node(rewriter, node, name, stored, scale)]
@@ -111,7 +112,8 @@ def _lower_node(
         products = rewriter.consumers(node.output[0])
         if not all(p.op_type == "MatMul" and p.input[1] == node.output[0] for p in products):
             return False
-        row = rewriter.weight(f"{name}_scales_row", scale.reshape(1, -1))
+        flat = rewriter.weight(f"{name}_scales_flat", np.array([1, -1]))
+        row = rewriter.unpack("Reshape", [scales, flat], f"{name}_scales_row")
         for product in products:
             rewriter.integer_product(product, stored, row, transposed=True)
         rewriter.replace(node, [])
@@ -120,6 +122,11 @@ def _lower_node(
         rewriter.integer_product(node, stored, scales)
         return True
     return False
+
+
+def _stored(scale: Any, xp: Any) -> Any:
+    """As float16 keeps it, but never so small that it would lose bits."""
+    return xp.maximum(scale, 2.0**-14).astype(np.float16).astype(np.float32)
 
 
 def _round(weight: Any, scale: Any, top: int, xp: Any) -> Any:
