@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from models.commands import compress, publish, report, search, train
+from models.commands import compress, publish, rankers, report, search, train
 
-_TOPICS = (train, compress, search, report, publish)
+_TOPICS = (train, compress, search, report, rankers, publish)
 
 
 @click.group(commands=[command for topic in _TOPICS for command in topic.COMMANDS])
