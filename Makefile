@@ -45,8 +45,13 @@ format: $(STAMP) ## Format the code
 bench: $(STAMP) ## Compare the worker with a plain aiokafka loop, same machine, same run
 	$(BIN)/python -m benchmarks $(ARGS)
 
-train: $(STAMP) ## Train the shipped ML-100K bundle again (minutes)
-	$(BIN)/streamrec models train-ml100k $(ARGS)
+# Bundles appear in build/; `streamrec models publish` puts one into a registry.
+train: $(STAMP) ## Make the shipped ML-100K bundles again, with their report (minutes)
+	$(BIN)/streamrec models train ml-100k --refit $(TRAIN_OPTIONS) --registry build/models --version fp32
+	$(BIN)/streamrec models compress build/models/posts/fp32 --registry build/models --events ml-100k \
+	  $(foreach recipe,$(RECIPES),--recipe "$(subst _, + ,$(recipe))")
+	$(BIN)/streamrec models report build/models/posts/* --reference build/models/posts/fp32 --events ml-100k \
+	  --split time --out build/report-ml100k --baselines
 
 lock: ## Resolve requirements.lock again (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock

@@ -215,7 +215,7 @@ class _Judge:
         while pending and tried < count:
             # How much worse than predicted combinations turned out, so far.
             extra = float(np.median(optimism)) if optimism else 0.0
-            guess = next((g for g in pending if g.loss + extra <= max_loss), None)
+            guess = next((g for g in pending if g.loss + extra <= 1.5 * max_loss), None)
             if guess is None:
                 return
             pending.remove(guess)

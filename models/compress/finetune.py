@@ -29,8 +29,8 @@ def finetune(
     context: Context,
     *,
     epochs: int = 3,
-    rate: float = 5e-4,
-    taught: float = 0.7,
+    rate: float = 1e-4,
+    taught: float = 0.5,
     batch: int = 32,
     dropout: float = 0.1,
 ) -> Draft:

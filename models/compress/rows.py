@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from models.compress.draft import Context, Draft
+from models.compress.draft import CompressionError, Context, Draft
 from models.compress.rewriter import Rewriter
 
 
@@ -28,11 +28,14 @@ class Rows:
         bits: 8 or 4, as stored.
         axis: 1 where each row of the weight is a channel (the item table), 0 where each column is.
         integer: whether products are of integers.
+        head: so many first rows are stored in 8 bits whatever the rest is; items are numbered by
+            popularity, so these are the ones asked for most.
     """
 
     bits: int
     axis: int
     integer: bool
+    head: int = 0
 
     @property
     def label(self) -> str:
@@ -44,9 +47,19 @@ class Rows:
         """Whether products are of floats."""
         return not self.integer
 
+    @property
+    def _levels(self) -> int:
+        return int(2 ** (self.bits - 1) - 1)
+
     def scale(self, weight: Any, xp: Any) -> Any:
         """float32, one a channel, keeping both axes."""
-        top = 2 ** (self.bits - 1) - 1
+        if self.head:
+            parts = (
+                self._tight.scale(weight[: self.head], xp),
+                self._rest.scale(weight[self.head :], xp),
+            )
+            return xp.concatenate(parts)
+        top = self._levels
         largest = xp.abs(weight).max(axis=self.axis, keepdims=True)
         scale = xp.where(largest > 0, largest / top, 1.0)
         if self.bits == 8:
@@ -65,21 +78,40 @@ class Rows:
                 best_error = xp.where(better, error, best_error)
         return _stored(best, xp)
 
+    @property
+    def _tight(self) -> Rows:
+        return Rows(8, self.axis, self.integer)
+
+    @property
+    def _rest(self) -> Rows:
+        return Rows(self.bits, self.axis, self.integer)
+
     def rounded(self, weight: Any, xp: Any) -> Any:
         """What the weight becomes, float32."""
-        return _round(weight, self.scale(weight, xp), 2 ** (self.bits - 1) - 1, xp)
+        if self.head:
+            head, rest = weight[: self.head], weight[self.head :]
+            return xp.concatenate([self._tight.rounded(head, xp), self._rest.rounded(rest, xp)])
+        return _round(weight, self.scale(weight, xp), self._levels, xp)
 
     def integers(self, weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """int8 values and their scales: `weight ~ integers * scale`."""
-        top = 2 ** (self.bits - 1) - 1
         scale = self.scale(weight, np)
+        top = np.full((len(weight), 1), self._levels)
+        top[: self.head] = 127
         return np.clip(np.rint(weight / scale), -top, top).astype(np.int8), scale
 
     def lower(self, rewriter: Rewriter, name: str, weight: NDArray[np.float32]) -> None:
         """Store integers and scales; expand them, or compute with them."""
         integers, scale = self.integers(weight)
         rewriter.remove_weight(name)
-        stored = rewriter.store_integers(f"{name}_int", integers, self.bits)
+        if self.head:
+            parts = [
+                rewriter.store_integers(f"{name}_head", integers[: self.head], 8),
+                rewriter.store_integers(f"{name}_rest", integers[self.head :], self.bits),
+            ]
+            stored = rewriter.unpack("Concat", parts, f"{name}_int", axis=0)
+        else:
+            stored = rewriter.store_integers(f"{name}_int", integers, self.bits)
         half = rewriter.weight(f"{name}_scales_half", scale.astype(np.float16))
         scales = rewriter.unpack("Cast", [half], f"{name}_scales", to=TensorProto.FLOAT)
         rest = rewriter.consumers(name)
@@ -133,11 +165,14 @@ def _round(weight: Any, scale: Any, top: int, xp: Any) -> Any:
     return xp.clip(xp.round(weight / scale), -top, top) * scale
 
 
-def _encoded(draft: Draft, parts: str, bits: int, *, integer: bool) -> Draft:
+def _encoded(draft: Draft, parts: str, bits: int, *, integer: bool, head: float = 0.0) -> Draft:
+    if not 0.0 <= head < 1.0:
+        raise CompressionError(f"head={head} must be at least 0 and below 1")
     for weight in draft.weights(parts):
         # Positions are added: there is no product to compute with integers.
         rows = weight.role != "linear"
-        encoding = Rows(bits, 1 if rows else 0, integer and weight.role != "other")
+        first = int(weight.shape[0] * head) if weight.role == "table" else 0
+        encoding = Rows(bits, 1 if rows else 0, integer and weight.role != "other", first)
         draft = draft.encoded([weight.name], encoding)
     return draft
 
@@ -147,9 +182,12 @@ def int8(draft: Draft, context: Context, *, parts: str = "all") -> Draft:
     return _encoded(draft, parts, 8, integer=True)
 
 
-def int4(draft: Draft, context: Context, *, parts: str = "all") -> Draft:
-    """Weights in 4 bits on disk, expanded to int8 while loading, products of integers."""
-    return _encoded(draft, parts, 4, integer=True)
+def int4(draft: Draft, context: Context, *, parts: str = "all", head: float = 0.0) -> Draft:
+    """Weights in 4 bits on disk, expanded to int8 while loading, products of integers.
+
+    `head`: share of the item table's rows, the most popular, kept in 8 bits.
+    """
+    return _encoded(draft, parts, 4, integer=True, head=head)
 
 
 def weights(draft: Draft, context: Context, *, bits: int = 8, parts: str = "all") -> Draft:

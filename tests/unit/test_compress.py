@@ -92,6 +92,7 @@ def test_parameters_survive_the_way_into_a_graph_and_back(draft: Draft) -> None:
         ("int8:parts=block0|ffn", 0.04, 1.5),
         ("int4", 0.3, 3.2),
         ("int4:parts=table + int8:parts=linear", 0.3, 2.5),
+        ("int4:head=0.25", 0.3, 3.0),
         ("static", 0.05, 1.5),
         ("blocks:4", 0.3, 3.0),
         ("blocks:8", 0.04, 2.0),
@@ -105,6 +106,13 @@ def test_quantization_keeps_scores_close_and_makes_the_graph_smaller(
     assert np.abs(scores(made) - exact).mean() < drift * exact.std()
     assert np.abs(scores(made) - exact).max() > 0, "the method changed nothing"
     assert len(lower(draft)) / len(lower(made)) > smaller
+
+
+def test_the_most_popular_rows_keep_eight_bits(draft: Draft, context: Context) -> None:
+    made = by("int4:parts=table,head=0.25", draft, context)
+    table = draft.value("item_table")
+    error = np.abs(made.encodings["item_table"].rounded(table, np) - table).mean(axis=1)
+    assert error[:15].max() < error[15:].min()
 
 
 @pytest.mark.parametrize("recipe", ["weights:8", "weights:4", "half"])
@@ -245,6 +253,7 @@ def test_foreign_graphs_are_compressed_too(tmp_path: Path, context: Context) -> 
         ("history:99", "between 1 and 12"),
         ("heads:1.5", "below 1"),
         ("blocks:3", "must be 4 or 8"),
+        ("int4:head=1.5", "must be at least 0 and below 1"),
         ("static:range=wide", "must be one of"),
         ("mixed:objective=beauty", "must be size or latency"),
         ("finetune:taught=2", "between 0 and 1"),
@@ -299,9 +308,10 @@ def test_any_tensor_comes_out_of_storage_as_it_went_in(
     top = 2 ** (min(bits, 8) - 1) - 1
     value = rng.integers(-top, top + 1, (rows, columns)).astype(np.int8 if bits < 32 else "f")
     value[rng.random((rows, columns)) < share] = 0
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
     graph = helper.make_graph(
         [helper.make_node("Identity", ["w"], ["out"])], "g", [],
-        [helper.make_tensor_value_info("out", helper.np_dtype_to_tensor_dtype(value.dtype), list(value.shape))],
+        [helper.make_tensor_value_info("out", kind, list(value.shape))],
         [numpy_helper.from_array(value, "w")] if bits == 32 else [],
     )  # fmt: skip
     rewriter = Rewriter(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
