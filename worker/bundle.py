@@ -1,4 +1,5 @@
-"""A model bundle: a directory with `model.onnx`, `items.txt` and `manifest.json` (docs/bundle.md).
+"""A model bundle: a directory with `model.onnx`, `items.txt`, `manifest.json` and, for items that
+the model has not seen, `text.onnx` (docs/bundle.md).
 
 `open_bundle` refuses what breaks the contract with the first problem; `check_bundle` lists them
 all. Both are used by the worker and by models/, and need no training code.
@@ -25,10 +26,12 @@ from numpy.typing import NDArray
 
 from worker.errors import BundleError
 from worker.events import MAX_ID_LENGTH, parse_surface
+from worker.text import SCHEME, TextEncoder, TextSpec
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.onnx"
 ITEMS_FILE = "items.txt"
+TEXT_FILE = "text.onnx"
 MANIFEST_FILE = "manifest.json"
 
 MAX_MANIFEST_BYTES = 4 << 20
@@ -81,6 +84,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     #: Shortest known history worth scoring; below it the fallback serves.
     min_length: int = 1
     item_count: int
+    #: Most items that one run gives, where that is less than `item_count`: approximate retrieval.
+    max_k: int | None = None
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     files: dict[str, FileSpec]
@@ -91,6 +96,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     golden: list[Golden] = []
     #: Largest difference of a score from its golden value.
     golden_tolerance: float = 1e-3
+    #: How `text.onnx` wants its input; None where the bundle has none.
+    text: TextSpec | None = None
+
+    @property
+    def most(self) -> int:
+        """The largest `k` that the model takes."""
+        return self.item_count if self.max_k is None else min(self.max_k, self.item_count)
 
     def created(self) -> datetime:
         """`created_at`, parsed; naive times are UTC."""
@@ -106,6 +118,10 @@ OUTPUTS = [
     TensorSpec("items", "int64", ["batch", "k"]),
     TensorSpec("scores", "float32", ["batch", "k"]),
 ]
+#: A further output, wanted where there is a text encoder: an item's score is its vector times this.
+STATE = TensorSpec("state", "float32", ["batch", "width"])
+TEXT_INPUTS = [TensorSpec("grams", "int64", ["n", "grams"])]
+TEXT_OUTPUTS = [TensorSpec("vectors", "float32", ["n", "width"])]
 _ORT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
 
 
@@ -118,6 +134,8 @@ class Bundle:
     session: ort.InferenceSession
     #: Item ids; the item of model index i is `items[i - 1]`.
     items: tuple[str, ...]
+    #: Gives items that the model does not know a vector; None where the bundle has no such part.
+    text: TextEncoder | None = None
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -131,7 +149,7 @@ class Bundle:
 
         Args:
             history: int64 `[batch, length]`, model indexes, padded with 0 on the left.
-            k: at most `manifest.item_count`.
+            k: at most `manifest.most`.
 
         Returns:
             Model indexes int64 `[batch, k]` and scores float32 `[batch, k]`, best first.
@@ -140,6 +158,19 @@ class Bundle:
             ["items", "scores"], {"history": history, "k": np.array([k], dtype=np.int64)}
         )
         return cast(NDArray[np.int64], items), cast(NDArray[np.float32], scores)
+
+    def score_with_states(
+        self, history: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """As `score`, and the users' states float32 `[batch, width]`; for bundles with `text`."""
+        items, scores, states = self.session.run(
+            ["items", "scores", STATE.name], {"history": history, "k": np.array([k])}
+        )
+        return (
+            cast(NDArray[np.int64], items),
+            cast(NDArray[np.float32], scores),
+            cast(NDArray[np.float32], states),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +191,15 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST_FILE
     if not path.is_dir():
         raise BundleError(f"{path} is not a directory; a bundle is one (docs/bundle.md)")
-    data = _read_file(file, MAX_MANIFEST_BYTES)
+    return decode_manifest(_read_file(file, MAX_MANIFEST_BYTES), file)
+
+
+def decode_manifest(data: bytes, file: Path | str) -> Manifest:
+    """Parse a manifest; `file` is for the message.
+
+    Raises:
+        BundleError: it is not JSON, or not of the manifest's form.
+    """
     try:
         head = msgspec.json.decode(data, type=_Head)
         if head.format_version != FORMAT_VERSION:
@@ -213,9 +252,21 @@ def open_bundle(
     for size in warmup_batches:
         bundle.score(
             np.ones((size, bundle.manifest.max_length), dtype=np.int64),
-            min(10, bundle.manifest.item_count),
+            min(10, bundle.manifest.most),
         )
     return bundle
+
+
+def session_options(intra_op_threads: int) -> ort.SessionOptions:
+    """How every bundle is run; why so is in `open_bundle`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # what fails is raised; nothing is printed
+    return options
 
 
 def check_bundle(path: Path) -> list[Finding]:
@@ -248,6 +299,7 @@ def write_bundle(
     *,
     model: bytes,
     items: Sequence[str],
+    text_model: bytes | None = None,
     golden_histories: NDArray[np.int64] | None = None,
     golden_k: int = 10,
     **manifest_fields: Any,
@@ -257,6 +309,7 @@ def write_bundle(
     Files go to a sibling directory first, the manifest last; one rename puts it in place.
 
     Args:
+        text_model: `text.onnx`; then the field `text` of the manifest is needed too.
         golden_histories: int64 `[batch, length]` to record golden outputs for.
         manifest_fields: fields of `Manifest` other than those derived from the files.
 
@@ -268,28 +321,30 @@ def write_bundle(
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        listing = "".join(f"{item}\n" for item in items).encode()
-        for name, data in ((MODEL_FILE, model), (ITEMS_FILE, listing)):
-            _write_durably(building / name, data)
+        parts = {MODEL_FILE: model, ITEMS_FILE: "".join(f"{item}\n" for item in items).encode()}
+        if text_model is not None:
+            parts[TEXT_FILE] = text_model
+        for name, data in parts.items():
+            write_durably(building / name, data)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             item_count=len(items),
             inputs=INPUTS,
-            outputs=OUTPUTS,
+            outputs=OUTPUTS if text_model is None else [*OUTPUTS, STATE],
             files={
                 name: FileSpec(hashlib.sha256(data).hexdigest(), len(data))
-                for name, data in ((MODEL_FILE, model), (ITEMS_FILE, listing))
+                for name, data in parts.items()
             },
             **manifest_fields,
         )
-        _write_durably(building / MANIFEST_FILE, _pretty(manifest))
+        write_durably(building / MANIFEST_FILE, _pretty(manifest))
         if golden_histories is not None:
             made, scores = open_bundle(building, verify=False).score(golden_histories, golden_k)
             golden = Golden(
                 golden_histories.tolist(), golden_k, made.tolist(), scores.astype(float).tolist()
             )
             manifest = msgspec.structs.replace(manifest, golden=[golden])
-            _write_durably(building / MANIFEST_FILE, _pretty(manifest))
+            write_durably(building / MANIFEST_FILE, _pretty(manifest))
         open_bundle(building)
         building.chmod(0o755)
         building.rename(directory)
@@ -302,7 +357,8 @@ def _pretty(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file that outlives a power cut."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -322,6 +378,7 @@ class _Checks:
         self._threads = intra_op_threads
         self._items: tuple[str, ...] | None = None
         self._session: ort.InferenceSession | None = None
+        self._text: TextEncoder | None = None
 
     def in_order(self, verify: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "manifest", self._check_manifest
@@ -332,12 +389,13 @@ class _Checks:
         yield "model", self._check_model
         yield "signature", self._check_signature
         yield "outputs", self._check_outputs
+        yield "text", self._check_text
         if verify:
             yield "golden", self._check_golden
 
     def bundle(self) -> Bundle:
         assert self._items is not None and self._session is not None
-        return Bundle(self.manifest, self.path, self._session, self._items)
+        return Bundle(self.manifest, self.path, self._session, self._items, self._text)
 
     def _check_manifest(self) -> None:
         manifest = self.manifest
@@ -352,9 +410,15 @@ class _Checks:
             )
         if manifest.item_count < 1:
             raise _BrokenError(f"item_count is {manifest.item_count}; a model needs items")
+        if manifest.max_k is not None and not 1 <= manifest.max_k <= manifest.item_count:
+            raise _BrokenError(
+                f"max_k is {manifest.max_k}; leave it out, or give 1 to item_count,"
+                f" {manifest.item_count}"
+            )
+        outputs = OUTPUTS if len(manifest.outputs) <= len(OUTPUTS) else [*OUTPUTS, STATE]
         for kind, declared, wanted in (
             ("inputs", manifest.inputs, INPUTS),
-            ("outputs", manifest.outputs, OUTPUTS),
+            ("outputs", manifest.outputs, outputs),
         ):
             if [(t.name, t.dtype) for t in declared] != [(t.name, t.dtype) for t in wanted]:
                 raise _BrokenError(
@@ -417,73 +481,104 @@ class _Checks:
         self._items = items
 
     def _check_model(self) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # what fails is raised; nothing is printed
+        self._session = self._load(MODEL_FILE)
+
+    def _load(self, name: str) -> ort.InferenceSession:
+        options = session_options(self._threads)
         try:
-            self._session = ort.InferenceSession(
-                str(self.path / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+            return ort.InferenceSession(
+                str(self.path / name), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise _BrokenError(
-                f"ONNX Runtime does not load {MODEL_FILE}: {_first_line(error)}"
-            ) from None
+            raise _BrokenError(f"ONNX Runtime does not load {name}: {_first_line(error)}") from None
 
     def _check_signature(self) -> None:
-        session = self._loaded()
-        for kind, found, wanted in (
-            ("inputs", session.get_inputs(), INPUTS),
-            ("outputs", session.get_outputs(), OUTPUTS),
-        ):
-            by_name = {node.name: node for node in found}
-            for spec in wanted:
-                node = by_name.pop(spec.name, None)
-                if node is None:
-                    raise _BrokenError(f"the model has no {kind[:-1]} {spec.name!r}")
-                if _ORT_TYPES.get(node.type) != spec.dtype or len(node.shape) != len(spec.shape):
-                    raise _BrokenError(
-                        f"{kind[:-1]} {spec.name} is {node.type} {node.shape};"
-                        f" the contract is {_signature([spec])}"
-                    )
-            if by_name and kind == "inputs":
-                raise _BrokenError(
-                    f"the model wants inputs beyond the contract: {', '.join(by_name)}"
-                )
+        outputs = [*OUTPUTS, STATE] if len(self.manifest.outputs) > len(OUTPUTS) else OUTPUTS
+        _check_tensors("the model", self._loaded(), INPUTS, outputs)
 
     def _check_outputs(self) -> None:
         """Run histories of one item, of all padding but one, and full ones, in two batch sizes."""
         manifest = self.manifest
-        k = min(10, manifest.item_count)
         for batch in (1, 3):
             history = np.zeros((batch, manifest.max_length), dtype=np.int64)
             history[:, -1] = np.arange(batch) % manifest.item_count + 1
             history[-1, :] = np.arange(manifest.max_length) % manifest.item_count + 1
-            items, scores = self._run(history, k)
-            if items.shape != (batch, k) or scores.shape != (batch, k):
-                raise _BrokenError(
-                    f"for batch {batch} and k {k} the outputs are {items.shape} and {scores.shape}"
-                )
-            if not np.isfinite(scores).all():
-                raise _BrokenError("scores are not all finite (NaN or infinite weights?)")
-            if items.min() < 1 or items.max() > manifest.item_count:
-                raise _BrokenError(
-                    f"item indexes run from {items.min()} to {items.max()};"
-                    f" the catalogue has 1 to {manifest.item_count}"
-                )
-            if (np.diff(scores, axis=1) > 0).any():
-                raise _BrokenError("scores do not descend")
-            if any(len(set(row)) != k for row in items.tolist()):
-                raise _BrokenError("an item comes twice in one list")
-        self._run(history, manifest.item_count)
+            self._check_lists(history, min(10, manifest.most))
+        self._check_lists(history, manifest.most)
+        if manifest.most == manifest.item_count:
+            self._check_nothing_beyond(history)
+
+    def _check_lists(self, history: NDArray[np.int64], k: int) -> None:
+        batch, count = len(history), self.manifest.item_count
+        items, scores = self._run(history, k)
+        if items.shape != (batch, k) or scores.shape != (batch, k):
+            raise _BrokenError(
+                f"for batch {batch} and k {k} the outputs are {items.shape} and {scores.shape}"
+            )
+        if not np.isfinite(scores).all():
+            raise _BrokenError(
+                f"scores for k {k} are not all finite (NaN or infinite weights, or fewer"
+                " items than `max_k` says?)"
+            )
+        if items.min() < 1 or items.max() > count:
+            raise _BrokenError(
+                f"item indexes run from {items.min()} to {items.max()};"
+                f" the catalogue has 1 to {count}"
+            )
+        if (np.diff(scores, axis=1) > 0).any():
+            raise _BrokenError("scores do not descend")
+        if (np.diff(np.sort(items, axis=1), axis=1) == 0).any():
+            raise _BrokenError("an item comes twice in one list")
+
+    def _check_nothing_beyond(self, history: NDArray[np.int64]) -> None:
+        count = self.manifest.item_count
         try:
-            self._run(history, manifest.item_count + 1)
+            _, scores = self._run(history, count + 1)
         except _BrokenError:
             return
-        raise _BrokenError(f"the model has more items than item_count, {manifest.item_count}")
+        # What has no score is a filler, no item.
+        if not np.isneginf(scores[:, -1]).all():
+            raise _BrokenError(f"the model has more items than item_count, {count}")
+
+    def _check_text(self) -> None:
+        """The optional text encoder: its vectors must fit the model's states."""
+        spec = self.manifest.text
+        if (spec is None) != (TEXT_FILE not in self.manifest.files):
+            raise _BrokenError(
+                f"{TEXT_FILE} and the manifest's `text` belong together, and one of them is missing"
+            )
+        if spec is None:
+            return
+        if spec.scheme != SCHEME:
+            raise _BrokenError(
+                f"{TEXT_FILE} reads {spec.scheme!r}, this release makes {SCHEME!r}: run"
+                " `streamrec models text` again, or a matching release"
+            )
+        if len(self.manifest.outputs) == len(OUTPUTS):
+            raise _BrokenError(f"with {TEXT_FILE}, the model needs the output {STATE.name!r}")
+        encoder = TextEncoder(spec, self._load(TEXT_FILE))
+        _check_tensors(TEXT_FILE, encoder.session, TEXT_INPUTS, TEXT_OUTPUTS)
+        history = np.zeros((2, self.manifest.max_length), dtype=np.int64)
+        history[:, -1] = (1, self.manifest.item_count)
+        bundle = Bundle(self.manifest, self.path, self._loaded(), self._items or (), encoder)
+        try:
+            states = bundle.score_with_states(history, 1)[2]
+            # The last gram must be in the table, and a text without any must do no harm.
+            edge = np.array([[spec.buckets, 0], [0, 0], [1, spec.buckets]])
+            (found,) = encoder.session.run(["vectors"], {"grams": edge})
+            vectors = np.concatenate([found, encoder.encode(["", "a text", "テキスト"])])
+        except Exception as error:
+            raise _BrokenError(
+                f"{TEXT_FILE} or the model's state fails: {_first_line(error)}"
+            ) from None
+        if states.shape != (2, vectors.shape[1]) or vectors.shape[0] != 6:
+            raise _BrokenError(
+                f"states of 2 users are {states.shape}, vectors of 6 texts {vectors.shape}; the"
+                " contract is [batch, width] and [n, width], of one width"
+            )
+        if not (np.isfinite(states).all() and np.isfinite(vectors).all()):
+            raise _BrokenError("states or text vectors are not all finite")
+        self._text = encoder
 
     def _check_golden(self) -> None:
         tolerance = self.manifest.golden_tolerance
@@ -531,6 +626,31 @@ class _Checks:
         if self._session is None:
             raise _BrokenError("not checked, since the model was not loaded")
         return self._session
+
+
+def _check_tensors(
+    name: str,
+    session: ort.InferenceSession,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> None:
+    """All of `outputs` must be there, and no input but `inputs`."""
+    for kind, found, wanted in (
+        ("inputs", session.get_inputs(), inputs),
+        ("outputs", session.get_outputs(), outputs),
+    ):
+        by_name = {node.name: node for node in found}
+        for spec in wanted:
+            node = by_name.pop(spec.name, None)
+            if node is None:
+                raise _BrokenError(f"{name} has no {kind[:-1]} {spec.name!r}")
+            if _ORT_TYPES.get(node.type) != spec.dtype or len(node.shape) != len(spec.shape):
+                raise _BrokenError(
+                    f"{kind[:-1]} {spec.name} is {node.type} {node.shape};"
+                    f" the contract is {_signature([spec])}"
+                )
+        if by_name and kind == "inputs":
+            raise _BrokenError(f"{name} wants inputs beyond the contract: {', '.join(by_name)}")
 
 
 def _signature(tensors: Sequence[TensorSpec]) -> str:

@@ -101,20 +101,35 @@ def worker(**flags: Any) -> None:
 @main.command()
 @click.argument("user")
 @click.option("--surface", default="posts", show_default=True, help="posts, friends or ads.")
-@settings_options("redis", "redis_timeout_ms")
-def recommend(user: str, surface: str, **flags: Any) -> None:
-    """Print what is cached for USER, as JSON. Exit code 1 where there is nothing."""
-    from worker.lookup import cached_recommendations  # noqa: PLC0415
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Add which items of the user's history moved each score, and by how much.",
+)
+@click.option("--text", is_flag=True, help="A table for people instead of JSON.")
+@settings_options("redis", "redis_timeout_ms", "registry")
+def recommend(user: str, surface: str, explain: bool, text: bool, **flags: Any) -> None:
+    """Print what is cached for USER, as JSON. Exit code 1 where there is nothing.
 
-    found = asyncio.run(cached_recommendations(load_settings(**flags), user, surface))
-    if found is None:
+    --explain asks the very bundle that made the list, so it must be in the registry; exit code 66
+    where it is not.
+    """
+    from worker.lookup import explanations, read_cached  # noqa: PLC0415
+    from worker.readable import as_text  # noqa: PLC0415
+
+    settings = load_settings(**flags)
+    cached = asyncio.run(read_cached(settings, user, surface))
+    if cached is None:
         click.echo(
             f"streamrec: nothing is cached for user {user!r} on {surface}: no event of theirs has"
             " been processed, or it has expired",
             err=True,
         )
         sys.exit(1)
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    found = cached.as_builtins()
+    if explain:
+        found["explanations"] = explanations(cached, settings.registry)
+    click.echo(as_text(found) if text else json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @main.command()

@@ -121,6 +121,7 @@ class Event:
     timestamp_ms: int
     event_id: str | None
     record: Record
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,7 @@ class Decoder:
             timestamp_ms=_timestamp_ms(raw.timestamp, latest_ms),
             event_id=raw.event_id,
             record=record,
+            text=raw.text,
         )
 
 

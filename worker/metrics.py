@@ -121,6 +121,18 @@ class Metrics:
             ["surface"],
             registry=registry,
         )
+        self.cold_items = Gauge(
+            "streamrec_cold_items",
+            "Items without a row in the model that can be recommended by their text.",
+            ["surface"],
+            registry=registry,
+        )
+        self.cold_recommended = Counter(
+            "streamrec_cold_recommended",
+            "Places of recommendation lists that such items took.",
+            ["surface"],
+            registry=registry,
+        )
         self.history_cache_bytes = Gauge(
             "streamrec_history_cache_bytes",
             "Estimated memory of cached histories.",

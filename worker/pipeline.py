@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from worker.bundle import Bundle
 from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey
+from worker.cold_items import ColdIndex, ColdItems
 from worker.events import Decoder, Event, EventBatch, Reason, Record, Rejected, Surface
 from worker.histories import Histories
 from worker.history import History
@@ -32,11 +33,12 @@ from worker.metrics import Metrics
 from worker.models import Models
 from worker.outbox import Outbox, Outgoing, dead_letter_record, recommendation_record
 from worker.popularity import PopularityTable, most_popular
-from worker.ranking import Filter, Origin, Recommendations
+from worker.ranking import Filter, Origin, Recommendations, not_shown
 from worker.retry import until_it_works
 from worker.rules import Rules
 from worker.scorer import Candidates, model_inputs, score
 from worker.settings import Settings
+from worker.text import MAX_TEXT_CHARS
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ Ranked = tuple[list[str], list[float]]
 FALLBACK_VERSION = "popularity"
 #: Candidates of the fallback are found anew after this many seconds at most.
 POPULAR_REFRESH_S = 1.0
+#: Cold items of other workers are asked for again this far back: their clocks may be behind.
+CLOCK_SKEW_S = 60.0
 
 
 @dataclass(slots=True)
@@ -59,6 +63,8 @@ class Effects:
     recommendations: dict[UserKey, Recommendations] = field(default_factory=dict)
     popularity: dict[PartitionKey, PopularityTable] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
+    #: Text by item of the cold items that were seen first in this batch.
+    cold_items: dict[Surface, dict[str, str]] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -93,6 +99,12 @@ class Pipeline:
         )
         self._popularity: dict[PartitionKey, PopularityTable] = {}
         self._popular: dict[Surface, tuple[float, list[tuple[str, float]]]] = {}
+        self._cold = {
+            surface: ColdItems(
+                max_items=settings.cold_items_max, ttl_s=float(settings.cold_items_ttl_s)
+            )
+            for surface in Surface
+        }
         self._incoming: asyncio.Queue[RecordBatch] = asyncio.Queue(maxsize=1)
         self._computed: asyncio.Queue[Effects] = asyncio.Queue(maxsize=1)
         self._generation = 0
@@ -108,6 +120,8 @@ class Pipeline:
         async with asyncio.TaskGroup() as stages:
             stages.create_task(self._compute_stage())
             stages.create_task(self._write_stage())
+            if self._settings.cold_items_max:
+                stages.create_task(self._share_cold_items())
 
     def forget(self) -> None:
         """The partitions were taken away: another worker may change their users from now on."""
@@ -155,6 +169,25 @@ class Pipeline:
                 batch.finish()
                 for _ in batch.records:
                     self._metrics.event_seconds.observe(now - batch.read_at)
+
+    async def _share_cold_items(self) -> None:
+        """Take in the cold items that other workers saw, and those from before a restart."""
+        since_s = dict.fromkeys(self._cold, 0.0)
+        while True:
+            now_s = time.time()
+            try:
+                for surface, cold in self._cold.items():
+                    cold.expire(now_s)
+                    bundle = self._models.serving(surface)
+                    if bundle is None or bundle.text is None:
+                        continue
+                    for found in await self._cache.read_cold_items(surface, since_s[surface]):
+                        cold.note(*found)
+                    since_s[surface] = now_s - CLOCK_SKEW_S
+            except REDIS_FAILURES as error:
+                self._metrics.redis_errors.labels("read_cold_items").inc()
+                log.warning("cold_items_unread error=%r", error)
+            await asyncio.sleep(self._settings.cold_items_poll_s)
 
     # -- computing
 
@@ -214,6 +247,8 @@ class Pipeline:
                 # A repeat is written again too: its first effects may never have arrived.
                 touched[key] = history
                 newest[key] = event.record
+                if event.text:
+                    self._note_text(event, event.text, effects)
             outcomes[event.surface.value, event.event_type.value, outcome] += 1
         for labels, count in outcomes.items():
             self._metrics.events.labels(*labels).inc(count)
@@ -221,6 +256,33 @@ class Pipeline:
             if counted.changed or counted.removed:
                 effects.popularity[place] = counted.copy_changes()
         return touched, newest
+
+    def _note_text(self, event: Event, text: str, effects: Effects) -> None:
+        """Keep the text of an item that the serving model does not know."""
+        bundle = self._models.serving(event.surface)
+        if bundle is None or bundle.text is None or event.item_id in bundle.index:
+            return
+        if self._cold[event.surface].note(event.item_id, text, time.time()):
+            effects.cold_items.setdefault(event.surface, {})[event.item_id] = text[:MAX_TEXT_CHARS]
+
+    async def _cold_index(self, surface: Surface, bundle: Bundle) -> ColdIndex | None:
+        """Cold items with a vector of `bundle`; None where there are none."""
+        cold = self._cold[surface]
+        if bundle.text is None or not len(cold):
+            return None
+        texts = cold.without_vector(bundle)
+        if texts:
+            try:
+                vectors = await asyncio.to_thread(bundle.text.encode, list(texts.values()))
+            except Exception:
+                log.exception("text_failed version=%s", bundle.manifest.version)
+                self._metrics.inference_errors.labels(surface.value).inc()
+                return None
+            cold.add_vectors(list(texts), vectors)
+        self._metrics.cold_items.labels(surface.value).set(
+            0 if cold.index is None else len(cold.index)
+        )
+        return cold.index
 
     async def _table(self, event: Event) -> PopularityTable:
         place = PartitionKey(event.surface, event.record.topic, event.record.partition)
@@ -255,16 +317,14 @@ class Pipeline:
         version = FALLBACK_VERSION
         if bundle is not None:
             version = f"{bundle.manifest.name}@{bundle.manifest.version}"
-            ranked = await self._rank_by_model(surface, bundle, histories)
+            ranked = await self._rank_by_model(surface, bundle, keys, histories)
         popular = self._most_popular(surface) if len(ranked) < len(keys) else []
         now_ms = int(time.time() * 1000)
         lists: dict[UserKey, Recommendations] = {}
         with self._stage("filter"):
             for at, key in enumerate(keys):
                 by_model = at in ranked
-                items, scores = (
-                    ranked[at] if by_model else self._top(surface, popular, histories[at])
-                )
+                items, scores = ranked[at] if by_model else self._top(key, popular, histories[at])
                 record = newest[key]
                 lists[key] = Recommendations(
                     user_id=key.user_id,
@@ -279,18 +339,24 @@ class Pipeline:
         return lists
 
     async def _rank_by_model(
-        self, surface: Surface, bundle: Bundle, histories: Sequence[History]
+        self,
+        surface: Surface,
+        bundle: Bundle,
+        keys: Sequence[UserKey],
+        histories: Sequence[History],
     ) -> dict[int, Ranked]:
-        """Ranked lists by position in `histories`, for those that the model can score."""
+        """Ranked lists by position in `histories` (those of `keys`), where the model can score."""
         tensor, positions = model_inputs(histories, bundle)
         ranked: dict[int, Ranked] = {}
-        # Enough candidates that, without rules, what any user has seen leaves `top_k` over.
+        # Enough candidates that, without rules, what any user has seen leaves `top_k` over; on
+        # friends one's own self is seen too.
         longest = max((len(histories[at].items) for at in positions), default=0)
-        count = self._settings.top_k + longest
+        count = self._settings.top_k + longest + (surface is Surface.FRIENDS)
         rows = list(range(len(positions)))
+        cold = await self._cold_index(surface, bundle) if rows else None
         while rows:
             with self._stage("score"):
-                candidates = await self._score(bundle, tensor[rows], count)
+                candidates = await self._score(bundle, tensor[rows], count, cold)
             if candidates is None:
                 break
             short = []
@@ -298,34 +364,38 @@ class Pipeline:
                 for row_of_candidates, row in enumerate(rows):
                     at = positions[row]
                     items, scores = self._top(
-                        surface, candidates.of(row_of_candidates), histories[at]
+                        keys[at], candidates.of(row_of_candidates), histories[at]
                     )
                     ranked[at] = items, scores
                     if len(items) < self._settings.top_k:
                         short.append(row)
-            if candidates.count >= bundle.manifest.item_count:
+            if candidates.complete:
                 break
             # Rules left these users too little: look through the whole catalogue.
             rows, count = short, bundle.manifest.item_count
+        if cold is not None:
+            self._metrics.cold_recommended.labels(surface.value).inc(
+                sum(item not in bundle.index for items, _ in ranked.values() for item in items)
+            )
         return ranked
 
     async def _score(
-        self, bundle: Bundle, tensor: NDArray[np.int64], count: int
+        self, bundle: Bundle, tensor: NDArray[np.int64], count: int, cold: ColdIndex | None
     ) -> Candidates | None:
         """Candidates for int64 `[batch, length]`; None where the model failed."""
         try:
-            return await asyncio.to_thread(score, bundle, tensor, count)
+            return await asyncio.to_thread(score, bundle, tensor, count, cold)
         except Exception:
             log.exception("inference_failed version=%s", bundle.manifest.version)
             self._metrics.inference_errors.labels(bundle.manifest.surface).inc()
             return None
 
     def _top(
-        self, surface: Surface, candidates: Iterable[tuple[str, float]], history: History
+        self, key: UserKey, candidates: Iterable[tuple[str, float]], history: History
     ) -> Ranked:
-        return self._filters[surface].top(
+        return self._filters[key.surface].top(
             candidates,
-            exclude={*history.items, *history.hidden},
+            exclude=not_shown(key.user_id, key.surface, history),
             count=self._settings.top_k,
         )
 
@@ -354,6 +424,7 @@ class Pipeline:
                     histories=effects.histories,
                     recommendations=effects.recommendations,
                     popularity=effects.popularity,
+                    cold_items=effects.cold_items,
                 ),
                 name="write_batch",
                 failures=REDIS_FAILURES,

@@ -107,6 +107,20 @@ class Settings(BaseSettings):
         10000, ge=10, description="Items counted per surface and partition."
     )
 
+    # Items that the model has not seen
+    cold_items_max: int = Field(
+        4096,
+        ge=0,
+        description="Items without a row in the model, known by their text, per surface;"
+        " 0 recommends none.",
+    )
+    cold_items_ttl_s: int = Field(
+        3 * 86400, ge=1, description="Such items are let go this long after they were first seen."
+    )
+    cold_items_poll_s: float = Field(
+        5.0, gt=0.0, description="How often those that other workers saw are read from Redis."
+    )
+
     # Batching
     batch_max_events: int = Field(512, ge=1, description="Largest micro-batch.")
     batch_max_wait_ms: float = Field(

@@ -1,0 +1,224 @@
+"""Cold items: known by their text, bounded, scored among the model's own, warm in time."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import ITEMS
+from tests.unit.test_text import text_bundle
+from worker.bundle import Bundle, open_bundle
+from worker.cache import UserKey
+from worker.cold_items import ColdIndex, ColdItems
+from worker.events import Record, Surface
+from worker.intake import RecordBatch
+from worker.metrics import Metrics
+from worker.pipeline import Pipeline
+from worker.rules import Rules
+from worker.scorer import score
+from worker.settings import load_settings
+from worker.text import MAX_TEXT_CHARS
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return open_bundle(text_bundle(tmp_path_factory.mktemp("registry") / "v1"))
+
+
+def encode(cold: ColdItems, bundle: Bundle) -> None:
+    texts = cold.without_vector(bundle)
+    assert bundle.text is not None
+    cold.add_vectors(list(texts), bundle.text.encode(list(texts.values())))
+
+
+def test_an_item_needs_one_vector_and_keeps_its_first_text(bundle: Bundle) -> None:
+    cold = ColdItems(max_items=10, ttl_s=60.0)
+    assert cold.note("post", "first", 0.0)
+    assert not cold.note("post", "second", 1.0)
+    assert cold.without_vector(bundle) == {"post": "first"}
+    encode(cold, bundle)
+    assert cold.without_vector(bundle) == {}
+    assert cold.index is not None and cold.index.items == ("post",)
+
+
+def test_a_text_is_kept_up_to_a_bound(bundle: Bundle) -> None:
+    cold = ColdItems(max_items=10, ttl_s=60.0)
+    cold.note("post", "x" * 10_000, 0.0)
+    assert len(cold.without_vector(bundle)["post"]) == MAX_TEXT_CHARS
+
+
+def test_items_go_when_their_time_is_over(bundle: Bundle) -> None:
+    cold = ColdItems(max_items=10, ttl_s=60.0)
+    cold.note("old", "a", 0.0)
+    cold.note("new", "b", 30.0)
+    encode(cold, bundle)
+    cold.expire(61.0)
+    assert cold.index is not None and cold.index.items == ("new",)
+    assert len(cold.index.vectors) == 1
+    cold.expire(200.0)
+    assert cold.index is None and len(cold) == 0
+    # It may come again, with a vector of its own.
+    assert cold.note("old", "a", 201.0)
+
+
+def test_a_swap_makes_items_warm_and_vectors_new(bundle: Bundle, tmp_path: Path) -> None:
+    cold = ColdItems(max_items=10, ttl_s=60.0)
+    cold.note("post", "a", 0.0)
+    cold.note("other", "b", 0.0)
+    encode(cold, bundle)
+    newer = replace(bundle, path=tmp_path / "v2", items=(*ITEMS[:-1], "post"))
+    assert cold.without_vector(newer) == {"other": "b"}
+    assert cold.index is None
+    encode(cold, newer)
+    assert cold.index is not None and cold.index.items == ("other",)
+    # Taken back, the old version does not know the post again.
+    assert cold.without_vector(bundle) == {"post": "a", "other": "b"}
+
+
+def test_vectors_of_items_that_went_meanwhile_are_dropped(bundle: Bundle) -> None:
+    cold = ColdItems(max_items=10, ttl_s=60.0)
+    cold.note("post", "a", 0.0)
+    texts = cold.without_vector(bundle)
+    cold.expire(100.0)
+    cold.add_vectors(list(texts), np.zeros((1, 4), dtype=np.float32))
+    assert cold.index is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=120), st.integers(0, 20))
+def test_there_are_never_more_than_the_bound(
+    bundle: Bundle, notes: list[tuple[int, bool]], most: int
+) -> None:
+    cold = ColdItems(max_items=most, ttl_s=50.0)
+    for now, (number, look) in enumerate(notes):
+        cold.note(f"post-{number}", f"text {number}", float(now))
+        if look:
+            encode(cold, bundle)
+            cold.expire(float(now))
+        assert len(cold) <= most
+    encode(cold, bundle)
+    items = cold.index.items if cold.index is not None else ()
+    assert len(items) == len(set(items)) == len(cold)
+
+
+@pytest.mark.parametrize("count", [3, 12, len(ITEMS), 200])
+def test_cold_items_stand_where_their_score_puts_them(bundle: Bundle, count: int) -> None:
+    rng = np.random.default_rng(5)  # other vectors than the model's
+    vectors = rng.normal(size=(25, 4)).astype(np.float32)
+    cold = ColdIndex(tuple(f"cold-{n}" for n in range(25)), vectors)
+    history = np.array([[0] * 7 + [3], [0] * 6 + [5, 9]])
+    items, scores, states = bundle.score_with_states(history, len(ITEMS))
+    merged = score(bundle, history, count, cold)
+    for row in range(2):
+        everything = dict(zip((ITEMS[i - 1] for i in items[row]), scores[row], strict=True))
+        everything |= dict(zip(cold.items, states[row] @ vectors.T, strict=True))
+        expected = sorted(everything, key=lambda item: -everything[item])
+        found = list(merged.of(row))
+        wanted = len(everything) if count >= len(ITEMS) else count
+        assert [item for item, _ in found] == expected[:wanted]
+        assert all(abs(value - everything[item]) < 1e-4 for item, value in found)
+    assert merged.complete == (count >= len(ITEMS))
+
+
+class FakeCache:
+    """Histories nowhere; cold items in a list."""
+
+    def __init__(self) -> None:
+        self.stored: list[tuple[str, str, float]] = []
+
+    async def read_histories(self, keys: list[UserKey]) -> list[None]:
+        return [None] * len(keys)
+
+    async def read_popularity(self, key: object, into: object) -> None:
+        return None
+
+    async def read_cold_items(
+        self, surface: Surface, since_s: float
+    ) -> list[tuple[str, str, float]]:
+        return self.stored if surface is Surface.POSTS else []
+
+
+def pipeline(bundle: Bundle, cache: FakeCache, **flags: Any) -> Pipeline:
+    models = SimpleNamespace(serving=lambda surface: bundle if surface is Surface.POSTS else None)
+    return Pipeline(
+        load_settings(**flags),
+        cache=cast(Any, cache),
+        outbox=cast(Any, None),
+        models=cast(Any, models),
+        rules=Rules(),
+        metrics=Metrics(),
+    )
+
+
+def a_batch(*events: bytes, start: int = 0) -> Any:
+    records = [
+        Record("events", 0, offset, b"ann", value, 1_764_000_000_000)
+        for offset, value in enumerate(events, start)
+    ]
+    return cast(RecordBatch, SimpleNamespace(records=records))
+
+
+def event(item: str, text: str | None = None, user: str = "ann") -> bytes:
+    said = f',"text":"{text}"' if text else ""
+    return (
+        f'{{"user_id":"{user}","item_id":"{item}","event_type":"view",'
+        f'"timestamp":1764000000000,"surface":"posts"{said}}}'
+    ).encode()
+
+
+def test_a_post_of_this_very_batch_can_be_recommended(bundle: Bundle) -> None:
+    async def run() -> None:
+        ours = pipeline(bundle, FakeCache(), require_user_key=False, top_k=45)
+        batch = a_batch(
+            event("fresh", "a post about something", user="bob"), event(ITEMS[0]), event(ITEMS[1])
+        )
+        effects = await ours.compute([batch])
+        listed = effects.recommendations[UserKey("ann", Surface.POSTS)].items
+        assert "fresh" in listed
+        assert effects.cold_items == {Surface.POSTS: {"fresh": "a post about something"}}
+        # Its own reader has seen it; known items and repeats are not noted.
+        again = a_batch(event("fresh", "a post"), event(ITEMS[2], "a known item"), start=3)
+        effects = await ours.compute([again])
+        assert "fresh" not in effects.recommendations[UserKey("ann", Surface.POSTS)].items
+        assert effects.cold_items == {}
+
+    asyncio.run(run())
+
+
+def test_what_other_workers_saw_is_taken_in(bundle: Bundle) -> None:
+    async def run() -> None:
+        cache = FakeCache()
+        cache.stored = [("theirs", "seen elsewhere", 4e9)]
+        ours = pipeline(bundle, cache, require_user_key=False, top_k=45)
+        running = asyncio.create_task(ours.run())
+        try:
+            await asyncio.sleep(0.05)
+            effects = await ours.compute([a_batch(event(ITEMS[0]))])
+        finally:
+            running.cancel()
+        assert "theirs" in effects.recommendations[UserKey("ann", Surface.POSTS)].items
+        assert effects.cold_items == {}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("off", ["no encoder", "by setting"])
+def test_without_an_encoder_or_by_setting_texts_are_ignored(bundle: Bundle, off: str) -> None:
+    async def run() -> None:
+        served = replace(bundle, text=None) if off == "no encoder" else bundle
+        flags = {"cold_items_max": 0} if off == "by setting" else {}
+        ours = pipeline(served, FakeCache(), require_user_key=False, top_k=45, **flags)
+        batch = a_batch(event("fresh", "a post", user="bob"), event(ITEMS[0]))
+        effects = await ours.compute([batch])
+        assert "fresh" not in effects.recommendations[UserKey("ann", Surface.POSTS)].items
+        assert not effects.cold_items
+
+    asyncio.run(run())
