@@ -47,7 +47,7 @@ bench: $(STAMP) ## Compare the worker with a plain aiokafka loop, same machine, 
 
 # Bundles appear in build/; `streamrec models publish` puts one into a registry.
 train: $(STAMP) ## Make the shipped ML-100K bundles again, with their report (minutes)
-	$(BIN)/streamrec models train ml-100k --refit $(TRAIN_OPTIONS) --registry build/models --version fp32
+	$(BIN)/streamrec models train ml-100k --registry build/models --version fp32
 	$(BIN)/streamrec models compress build/models/posts/fp32 --registry build/models --events ml-100k \
 	  $(foreach recipe,$(RECIPES),--recipe "$(subst _, + ,$(recipe))")
 	$(BIN)/streamrec models report build/models/posts/* --reference build/models/posts/fp32 --events ml-100k \

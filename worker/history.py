@@ -13,12 +13,14 @@ from typing import Literal
 import msgspec
 
 from worker.errors import HistoryFormatError
-from worker.events import DELIBERATE_TYPES, Event, EventType
+from worker.events import DELIBERATE_TYPES, Event, EventType, Surface
 
 Outcome = Literal["applied", "duplicate", "late"]
 
 #: Layout of the stored form; a reader refuses what it does not know.
 FORMAT = 1
+#: Followed users that are kept beyond the history, newest first to stay.
+MAX_FOLLOWED = 5_000
 
 
 class StoredHistory(msgspec.Struct, array_like=True, gc=False):
@@ -31,6 +33,8 @@ class StoredHistory(msgspec.Struct, array_like=True, gc=False):
     event_ids: list[int]
     #: topic -> partition -> [last applied offset, its record time in ms].
     applied: dict[str, dict[int, tuple[int, int]]]
+    #: Last, and empty where a release before it wrote: those read and write the rest.
+    followed: list[str] = []
 
 
 _ENCODE = msgspec.msgpack.Encoder().encode
@@ -49,7 +53,7 @@ class History:
       `4 * length` ids.
     """
 
-    __slots__ = ("applied", "event_ids", "hidden", "items", "length", "timestamps")
+    __slots__ = ("applied", "event_ids", "followed", "hidden", "items", "length", "timestamps")
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -58,6 +62,9 @@ class History:
         #: Items that the user asked not to see, oldest first, at most `length`.
         self.hidden: list[str] = []
         self.event_ids: list[int] = []
+        #: On the surface friends, whom the user follows: a dict for its order, oldest first. They
+        #: outlast `items`, since nobody wants those recommended whom they follow.
+        self.followed: dict[str, None] = {}
         self.applied: dict[str, dict[int, tuple[int, int]]] = {}
 
     def apply(self, event: Event) -> Outcome:
@@ -80,9 +87,18 @@ class History:
             return "applied"
         if event.event_type in DELIBERATE_TYPES and event.item_id in self.hidden:
             self.hidden.remove(event.item_id)
+        if event.event_type is EventType.FOLLOW and event.surface is Surface.FRIENDS:
+            self._follow(event.item_id)
         return self._insert(event.item_id, event.timestamp_ms)
 
+    def _follow(self, item: str) -> None:
+        self.followed.pop(item, None)
+        self.followed[item] = None
+        if len(self.followed) > MAX_FOLLOWED:
+            del self.followed[next(iter(self.followed))]
+
     def _hide(self, item: str) -> None:
+        self.followed.pop(item, None)
         if item in self.items:
             kept = [
                 (known, at)
@@ -121,7 +137,13 @@ class History:
         """The stored form."""
         return _ENCODE(
             StoredHistory(
-                FORMAT, self.items, self.timestamps, self.hidden, self.event_ids, self.applied
+                FORMAT,
+                self.items,
+                self.timestamps,
+                self.hidden,
+                self.event_ids,
+                self.applied,
+                list(self.followed),
             )
         )
 
@@ -150,6 +172,7 @@ class History:
         history.hidden = stored.hidden[-length:]
         history.event_ids = stored.event_ids[-4 * length :]
         history.applied = stored.applied
+        history.followed = dict.fromkeys(stored.followed)
         return history
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from worker.events import Surface
+from worker.history import History
 from worker.rules import Rules
 
 Source = Literal["model", "fallback"]
@@ -39,6 +40,15 @@ class Recommendations(msgspec.Struct, frozen=True, gc=False):
     origin: Origin
 
 
+def not_shown(user_id: str, surface: Surface, history: History) -> set[str]:
+    """Items that `user_id` is not shown: seen, hidden, and on friends whom they follow, however
+    long ago, and themselves."""
+    items = {*history.items, *history.hidden, *history.followed}
+    if surface is Surface.FRIENDS:
+        items.add(user_id)
+    return items
+
+
 class Filter:
     """Decides which items of `surface` may be shown, by rules alone."""
 
@@ -55,7 +65,7 @@ class Filter:
         """The first `count` of `candidates` (best first) that may be shown.
 
         Args:
-            exclude: items that this user has seen or hidden.
+            exclude: items that this user is not shown.
 
         Returns:
             Items and scores, both at most `count` long; shorter where candidates ran out.

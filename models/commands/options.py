@@ -123,6 +123,12 @@ def draft_with_context(
     draft = open_draft(bundle)
     if source is None:
         return draft, Context(seed=seed), {}
+    if draft.manifest.provenance.get("refit") == "true":
+        click.echo(
+            f"warning: {bundle} was trained on its validation events too (--refit), so what is"
+            " chosen by them will look better than it is",
+            err=True,
+        )
     events = read(source, draft.manifest.surface, skip_bad)
     chosen = split or draft.manifest.provenance.get("split", "time")
     options = Options(split=chosen, queries=limit)

@@ -82,10 +82,10 @@ class World:
         """Every record now in `topic`."""
         return asyncio.run(read_topic(self.broker.bootstrap, topic, partitions=PARTITIONS))
 
-    def cached(self, user: str) -> dict[str, Any] | None:
+    def cached(self, user: str, surface: str = "posts") -> dict[str, Any] | None:
         """What Redis holds for a user."""
         with Redis.from_url(self.redis.url) as client:
-            data = client.get(f"rec:{{{user}}}:posts")
+            data = client.get(f"rec:{{{user}}}:{surface}")
         return None if data is None else dict(json.loads(data))  # type: ignore[arg-type]
 
     def committed(self) -> dict[int, int]:
