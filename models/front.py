@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from models.search import Found
@@ -32,6 +33,7 @@ def draw_front(found: Found, max_loss: float, file: Path) -> None:
                 [-100.0 * trial.loss for trial in points],
                 color=colour, label=stage, s=36, zorder=3, edgecolor="white", linewidth=0.5,
             )  # fmt: skip
+        right = max(1.0 / t.objective(name) for t in found.trials)
         edge, best = [], -1e9
         for trial in sorted(found.trials, key=lambda t: t.objective(name)):
             if -trial.loss > best:
@@ -45,16 +47,17 @@ def draw_front(found: Found, max_loss: float, file: Path) -> None:
         bottom = -100.0 * max(5 * max_loss, 0.05)
         for place, trial in enumerate(t for t in edge if -100.0 * t.loss > bottom):
             axes.annotate(
-                trial.recipe if len(trial.recipe) < 48 else f"{trial.recipe[:45]}...",
+                textwrap.fill(trial.recipe, 30),
                 (1.0 / trial.objective(name), -100.0 * trial.loss),
-                textcoords="offset points", xytext=(6, 5 if place % 2 else -11), fontsize=7,
+                textcoords="offset points", xytext=(0, 6 if place % 2 else -6), fontsize=7,
+                va="bottom" if place % 2 else "top",
+                ha="right" if 1.0 / trial.objective(name) > right * 0.7 else "left",
             )  # fmt: skip
         axes.axhline(-100.0 * max_loss, color="#D55E00", linestyle="--", linewidth=1)
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=bottom, top=max(2.0, max(-100 * t.loss for t in found.trials) + 0.7))
-        right = max(1.0 / t.objective(name) for t in found.trials)
-        axes.set_xlim(0, right * 1.25)
+        axes.set_xlim(0, right * 1.1)
     panels[0].set_ylabel("change of validation NDCG@10, %")
     panels[0].legend(loc="lower left", frameon=False)
     figure.suptitle(f"{len(found.trials)} recipes; dashed: the loss that is allowed")

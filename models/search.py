@@ -238,7 +238,14 @@ class _Judge:
         """
         guesses = [g for g in _combinations(singles) if max_loss < g.loss <= 10 * max_loss]
         guesses.sort(key=lambda guess: guess.objective(objective) * (1.0 + 3.0 * guess.loss))
-        for guess in guesses[:count]:
+        chosen: list[Trial] = []
+        for guess in guesses:
+            # Another way to nearly the same teaches little for what training costs.
+            if all(abs(guess.size_ratio / one.size_ratio - 1.0) > 0.02 for one in chosen):
+                chosen.append(guess)
+            if len(chosen) == count:
+                break
+        for guess in chosen:
             self.run(f"{guess.recipe} + finetune:{epochs}", "fine-tuned")
 
     def found(self, max_loss: float, objective: str) -> Found:
@@ -246,8 +253,11 @@ class _Judge:
         every = list(self.trials.values())
         best = min(
             (trial for trial in every if trial.loss <= max_loss),
-            key=lambda trial: trial.objective(objective),
-        )
+            # Of equals, the one that is on the front.
+            key=lambda trial: (
+                trial.objective(objective), trial.size_ratio, trial.latency_ratio, trial.loss
+            ),
+        )  # fmt: skip
         return Found(every, pareto(every), best, self.failed)
 
 

@@ -19,7 +19,7 @@ import click
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.bundle import open_bundle
+from worker.bundle import open_bundle, read_manifest
 from worker.errors import LocalPartError
 from worker.events import Surface, UserEvent
 from worker.local.kafka import KafkaBroker
@@ -59,7 +59,7 @@ def run_demo(
         for part in (broker, redis):
             parts.enter_context(part)
         registry = _copy_registry(directory / "registry")
-        fp32, int8 = _fp32_and_int8(registry)
+        fp32, small = _fp32_and_smallest(registry)
         promote(registry, NAME, fp32)
         settings = load_settings(
             kafka=broker.bootstrap, redis=redis.url, registry=registry, create_topics=True
@@ -68,14 +68,14 @@ def run_demo(
         parts.callback(worker.stop)
         worker.start()
         replay = list(ml100k_events(data))[:events]
-        swap = asyncio.run(_replay_and_swap(settings, worker, replay, registry, int8))
+        swap = asyncio.run(_replay_and_swap(settings, worker, replay, registry, small))
         served = asyncio.run(_read_served(settings))
         rows = [
             ("events", f"{len(replay):,}"),
             ("dead letters", f"{worker.total('streamrec_dead_letters'):.0f}"),
             ("paced replay", f"{swap.rate:,.0f} events/s"),
             ("event read -> Redis", _latency(worker.metrics())),
-            ("hot swap", f"{fp32} -> {int8} after {swap.swapped_after:,} events"),
+            ("hot swap", f"{fp32} -> {small} after {swap.swapped_after:,} events"),
             ("model on disk", f"{_mb(swap.disk_before)} -> {_mb(swap.disk_after)}"),
             ("model in memory", f"{_mb(swap.memory_before)} -> {_mb(swap.memory_after)}"
              " (growth of resident memory by loading and warming up)"),
@@ -84,7 +84,7 @@ def run_demo(
         if compare:
             # Stopped, so as not to share the processors with what is timed.
             worker.stop()
-            rows += _compare(directory, settings, len(replay), int8)
+            rows += _compare(directory, settings, len(replay), small)
             if keep:
                 worker.start()
         click.echo("\n" + "\n".join(f"  {name:<22} {value}" for name, value in rows))
@@ -183,7 +183,7 @@ class Swap:
 
 
 async def _replay_and_swap(
-    settings: Settings, worker: Worker, events: list[UserEvent], registry: Path, int8: str
+    settings: Settings, worker: Worker, events: list[UserEvent], registry: Path, small: str
 ) -> Swap:
     from tqdm import tqdm  # noqa: PLC0415 - of the demo extra
 
@@ -196,8 +196,8 @@ async def _replay_and_swap(
         # The replay goes on meanwhile: this is a hot swap.
         while await asyncio.to_thread(worker.total, "streamrec_events") < half:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(promote, registry, NAME, int8)
-        while not await asyncio.to_thread(worker.total, "streamrec_model_info", version=int8):
+        await asyncio.to_thread(promote, registry, NAME, small)
+        while not await asyncio.to_thread(worker.total, "streamrec_model_info", version=small):
             await asyncio.sleep(0.05)
         swap.swapped_after = int(await asyncio.to_thread(worker.total, "streamrec_events"))
 
@@ -374,12 +374,15 @@ def _copy_registry(target: Path) -> Path:
     return target
 
 
-def _fp32_and_int8(registry: Path) -> tuple[str, str]:
+def _fp32_and_smallest(registry: Path) -> tuple[str, str]:
+    """The float32 version, and the most compressed one made from it."""
     found = versions(registry, NAME)
-    return (
-        next(version for version in reversed(found) if version.endswith("fp32")),
-        next(version for version in reversed(found) if version.endswith("int8")),
-    )
+    fp32 = next(version for version in reversed(found) if version.endswith("fp32"))
+    return fp32, min(found, key=lambda version: _size(registry / NAME / version))
+
+
+def _size(bundle: Path) -> int:
+    return sum(file.bytes for file in read_manifest(bundle).files.values())
 
 
 def _mb(size: float) -> str:
