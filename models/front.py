@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from models.search import Found
+from models.search import Found, Trial
 
 #: Okabe and Ito's palette, which colour-blind readers tell apart.
 _COLOURS = {
@@ -45,12 +45,17 @@ def draw_front(found: Found, max_loss: float, file: Path) -> None:
             color="#999999", linewidth=1, zorder=2,
         )  # fmt: skip
         bottom = -100.0 * max(5 * max_loss, 0.05)
-        for place, trial in enumerate(t for t in edge if -100.0 * t.loss > bottom):
+        named: list[Trial] = []
+        for trial in (t for t in edge if -100.0 * t.loss > bottom):
+            near = [t for t in named if abs(t.loss - trial.loss) < max_loss]
+            if any(1.0 / t.objective(name) < 1.0 / trial.objective(name) + right / 4 for t in near):
+                continue  # their words would cover each other
+            named.append(trial)
             axes.annotate(
                 textwrap.fill(trial.recipe, 30),
                 (1.0 / trial.objective(name), -100.0 * trial.loss),
-                textcoords="offset points", xytext=(0, 6 if place % 2 else -6), fontsize=7,
-                va="bottom" if place % 2 else "top",
+                textcoords="offset points", xytext=(0, -6), fontsize=7,
+                va="top",
                 ha="right" if 1.0 / trial.objective(name) > right * 0.7 else "left",
             )  # fmt: skip
         axes.axhline(-100.0 * max_loss, color="#D55E00", linestyle="--", linewidth=1)

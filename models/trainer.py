@@ -223,8 +223,7 @@ def _lessons(
         return train, None
     graph = friends.graph_of(data, train, own)
     vectors = friends.spectral(graph, shape.width, seed=seed)
-    more = friends.headed(graph) + friends.followers(graph)
-    return more, {**init(shape, seed), "items": vectors}
+    return train + friends.followers(graph), {**init(shape, seed), "items": vectors}
 
 
 def _baseline_rows(

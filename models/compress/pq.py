@@ -14,9 +14,10 @@ How scores are computed, `score`:
 - `int8`: the table of int8 is put together while loading, and multiplied as integers. The disk
   holds 8 bytes an item, memory 128.
 - `lookup`: PQTopK (Petrov, Macdonald & Tonellotto, RecSys 2024): the products of the state with
-  all centroids, then 8 look-ups an item. Least memory. ONNX Runtime gathers single floats one by
-  one where it multiplies 64 integers at once, so this is slower than `int8` at every batch size
-  that was measured, and than float32 from batch 16 on (docs/large-catalogues.md).
+  all centroids, then 8 look-ups an item. Memory holds the codes only, until a batch comes. ONNX
+  Runtime gathers floats one by one where it multiplies 64 integers at once: at 100 k items this
+  takes half of float32's time for one user, twice for 16, three times for 64, and more than
+  `int8` always (docs/large-catalogues.md).
 - `float`: the table of float32 is put together while loading: the time and memory of float32, and
   the same scores on every processor.
 """
