@@ -45,13 +45,20 @@ format: $(STAMP) ## Format the code
 bench: $(STAMP) ## Compare the worker with a plain aiokafka loop, same machine, same run
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Bundles appear in build/; `streamrec models publish` puts one into a registry.
-train: $(STAMP) ## Make the shipped ML-100K bundles again, with their report (minutes)
-	$(BIN)/streamrec models train ml-100k --registry build/models --version fp32
-	$(BIN)/streamrec models compress build/models/posts/fp32 --registry build/models --events ml-100k \
-	  $(foreach recipe,$(RECIPES),--recipe "$(subst _, + ,$(recipe))")
-	$(BIN)/streamrec models report build/models/posts/* --reference build/models/posts/fp32 --events ml-100k \
-	  --split time --out build/report-ml100k --baselines
+# What `make train` makes of the float32 model; the last one ships.
+RECIPES = half int8 int8:parts=table|ffn static+int8:parts=table weights:4 int4 blocks \
+  mixed:objective=latency prune:0.5+int8 history:25+int4 neurons:0.5+prune:0.3+int4 layers:1+int8 \
+  layers:1+neurons:0.75+prune:0.5+int4+finetune:3
+SOURCE ?= ml-100k
+TRAIN_ARGS ?=
+
+train: $(STAMP) ## Train, compress and report (SOURCE=ml-100k): build/models, build/report
+	rm -rf build/models build/report
+	$(BIN)/streamrec models train $(SOURCE) --registry build/models $(TRAIN_ARGS)
+	$(BIN)/streamrec models compress build/models/posts/*-fp32 --events $(SOURCE) --registry build/models \
+	  $(foreach recipe,$(RECIPES),--recipe '$(recipe)')
+	$(BIN)/streamrec models report build/models/posts/* --reference build/models/posts/*-fp32 \
+	  --events $(SOURCE) --baselines --out build/report
 
 lock: ## Resolve requirements.lock again (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
