@@ -223,8 +223,7 @@ class _Integers:
         self, rewriter: Rewriter, nodes: Nodes, name: str, weight: Floats, items: str, inner: Rows
     ) -> None:
         integers, scale = inner.integers(weight)
-        stored = rewriter.store_integers(f"{name}_int", integers, inner.bits)
-        scales = rewriter.weight(f"{name}_scales", scale)
+        stored, scales = inner.store(rewriter, name, integers, scale)
         # Flipping the top bit adds 128.
         top_bit = nodes.constant(np.array([-128], dtype=np.int8))
         unsigned = nodes.add("BitwiseXor", stored, top_bit)

@@ -104,6 +104,22 @@ class Rows:
         """Store integers and scales; expand them, or compute with them."""
         integers, scale = self.integers(weight)
         rewriter.remove_weight(name)
+        stored, scales = self.store(rewriter, name, integers, scale)
+        rest = rewriter.consumers(name)
+        if self.integer:
+            rest = [node for node in rest if not _lower_node(rewriter, node, name, stored, scale)]
+        if rest:
+            as_float = rewriter.unpack("Cast", [stored], f"{name}_float", to=TensorProto.FLOAT)
+            rewriter.unpack("Mul", [as_float, scales], name)
+
+    def store(
+        self,
+        rewriter: Rewriter,
+        name: str,
+        integers: NDArray[np.int8],
+        scale: NDArray[np.float32],
+    ) -> tuple[str, str]:
+        """Add `integers`, int8 once loaded, and their scales, float32; names of both."""
         if self.head:
             parts = [
                 rewriter.store_integers(f"{name}_head", integers[: self.head], 8),
@@ -113,13 +129,7 @@ class Rows:
         else:
             stored = rewriter.store_integers(f"{name}_int", integers, self.bits)
         half = rewriter.weight(f"{name}_scales_half", scale.astype(np.float16))
-        scales = rewriter.unpack("Cast", [half], f"{name}_scales", to=TensorProto.FLOAT)
-        rest = rewriter.consumers(name)
-        if self.integer:
-            rest = [node for node in rest if not _lower_node(rewriter, node, name, stored, scale)]
-        if rest:
-            as_float = rewriter.unpack("Cast", [stored], f"{name}_float", to=TensorProto.FLOAT)
-            rewriter.unpack("Mul", [as_float, scales], name)
+        return stored, rewriter.unpack("Cast", [half], f"{name}_scales", to=TensorProto.FLOAT)
 
 
 def _lower_node(
