@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from models.commands import compress, publish, rankers, report, search, text, train
+from models.commands import compress, publish, rankers, report, scale, search, text, train
 
-_TOPICS = (train, compress, text, search, report, rankers, publish)
+_TOPICS = (train, compress, text, search, report, scale, rankers, publish)
 
 
 @click.group(commands=[command for topic in _TOPICS for command in topic.COMMANDS])
