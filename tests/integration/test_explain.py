@@ -172,7 +172,8 @@ def test_a_bundle_that_is_gone_is_named_with_what_to_do(
 
 
 def test_a_history_of_a_later_release_is_refused(redis_server: RedisServer, registry: Path) -> None:
-    later = b"\x96\x09" + seen("item-1").to_bytes()[2:]  # the format is the array's first number
+    whole = seen("item-1").to_bytes()
+    later = whole[:1] + b"\x09" + whole[2:]  # the format is the array's first number
     store(redis_server, later, listed(registry, seen(*ITEMS[:3])))
     result = recommend(redis_server, registry, "--explain")
     assert result.exit_code == 78 and "format 9" in result.stderr
