@@ -515,15 +515,16 @@ def test_an_interrupted_promotion_leaves_the_old_one(
 
 
 def test_the_difference_of_the_shipped_bundles_is_the_quantization() -> None:
-    fp32, int8 = sorted(SHIPPED.iterdir())
+    fp32, int8 = (next(SHIPPED.glob(f"*-{precision}")) for precision in ("fp32", "int8"))
     diff = diff_bundles(fp32, int8)
     assert diff.fields["precision"] == ("fp32", "int8")
-    assert 3.0 < diff.times_smaller < 3.3
+    assert 3.4 < diff.times_smaller < 3.6
     assert diff.graph is not None
     before, after = diff.graph.ops["MatMul"]
     assert diff.graph.ops["MatMulInteger"] == (0, before - after)
     assert "TopK" not in diff.graph.ops
-    assert diff.graph.changed == ["item_table"]
+    assert diff.graph.changed == []  # quantized weights have other names
+    assert "item_table" in diff.graph.only_a
     assert diff.graph.weights["int8"][0].count == 0
     assert diff.graph.weights["int8"][1].bytes > 0.6 * diff.bytes[1]
     ndcg = diff.metrics["ndcg@10"]
