@@ -53,6 +53,16 @@ class Events:
     def __len__(self) -> int:
         return len(self.timestamps_ms)
 
+    def only(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Events:
+        """Some of the events, by mask or by rising places. Texts stay."""
+        return replace(
+            self,
+            users=self.users[kept],
+            items=self.items[kept],
+            types=self.types[kept],
+            timestamps_ms=self.timestamps_ms[kept],
+        )
+
 
 def at_least(events: Events, minimum: int) -> Events:
     """`events` without those of items that occur fewer than `minimum` times. Texts stay.
@@ -66,13 +76,7 @@ def at_least(events: Events, minimum: int) -> Events:
         raise SourceError(
             f"no item of {events.name} has {minimum} events or more: lower the minimum item count"
         )
-    return replace(
-        events,
-        users=events.users[kept],
-        items=events.items[kept],
-        types=events.types[kept],
-        timestamps_ms=events.timestamps_ms[kept],
-    )
+    return events.only(kept)
 
 
 def merged(events: Events) -> Events:
@@ -83,13 +87,7 @@ def merged(events: Events) -> Events:
     fresh = np.ones(len(order), dtype=bool)
     fresh[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
     kept = np.sort(order[fresh])
-    return replace(
-        events,
-        users=events.users[kept],
-        items=events.items[kept],
-        types=events.types[kept],
-        timestamps_ms=events.timestamps_ms[kept],
-    )
+    return events.only(kept)
 
 
 class BadRecords:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from models.dataset import padded
 from worker.bundle import Bundle
-from worker.explain import LeaveOneOut, leave_one_out, most_candidates
+from worker.explain import LeaveOneOut, leave_one_out
 
 TOP = 3
 #: Among fewer history items, the three strongest are nearly all: their overlap says nothing.
@@ -149,7 +149,7 @@ def _best_unseen(
 ) -> NDArray[np.int64]:
     """int64 `[items]`: the reference's best that are not in the history and known to both."""
     found, _ = reference.score(
-        padded([history], reference.manifest.max_length), most_candidates(reference)
+        padded([history], reference.manifest.max_length), reference.manifest.most
     )
     ranked = found[0]
     unseen: NDArray[np.int64] = ranked[~np.isin(ranked, history) & (translation[ranked] > 0)]

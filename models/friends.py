@@ -42,13 +42,7 @@ def follows(events: Events) -> Events:
     _, item = np.unique(events.items[wanted], return_inverse=True)
     pairs = user.astype(np.int64) * len(wanted) + item
     kept = wanted[np.sort(np.unique(pairs, return_index=True)[1])]
-    return replace(
-        events,
-        users=events.users[kept],
-        items=events.items[kept],
-        types=events.types[kept],
-        timestamps_ms=events.timestamps_ms[kept],
-    )
+    return events.only(kept)
 
 
 def catalogue(events: Events, minimum: int = 1) -> list[str]:

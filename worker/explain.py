@@ -127,7 +127,7 @@ def leave_one_out(
         history: int64 `[history]`, model indexes, oldest first, 1 to `manifest.max_length` of them.
         items: int64 `[items]`, distinct model indexes.
     """
-    count = most_candidates(bundle)
+    count = bundle.manifest.most
     whole_history, *others = _variants(history, bundle.manifest.max_length)
     per_run = max(1, MAX_BYTES // (BYTES_PER_SCORE * count) - 1)
     whole = np.empty(len(items), dtype=np.float32)
@@ -139,12 +139,6 @@ def leave_one_out(
         if start == 0:
             whole = scores[0]
     return LeaveOneOut(whole, whole - changes[0], changes[1:])
-
-
-def most_candidates(bundle: Bundle) -> int:
-    """How many items the bundle's graph can rank: the catalogue, or fewer where it has `max_k`."""
-    count = bundle.manifest.item_count
-    return min(count, getattr(bundle.manifest, "max_k", None) or count)
 
 
 def _variants(history: NDArray[np.int64], length: int) -> NDArray[np.int64]:
