@@ -15,6 +15,8 @@ from models.commands.options import (
     training_code,
 )
 
+_COUNT = click.IntRange(min=1)
+
 
 @click.command("train")
 @click.argument("source")
@@ -25,15 +27,39 @@ from models.commands.options import (
     "--surface", type=click.Choice(["posts", "friends", "ads"]), default="posts", show_default=True
 )
 @click.option("--split", type=click.Choice(SPLITS), default="time", show_default=True)
-@click.option("--min-item-events", default=1, show_default=True, help="Leave rarer items out.")
-@click.option("--length", default=50, show_default=True, help="Items of a history that are read.")
-@click.option("--width", default=64, show_default=True, help="Dimensions of an item vector.")
-@click.option("--blocks", default=2, show_default=True, help="Attention blocks.")
-@click.option("--heads", default=2, show_default=True, help="Attention heads of a block.")
-@click.option("--epochs", default=200, show_default=True, help="At most; training stops early.")
-@click.option("--patience", default=8, show_default=True, help="Validations without a better one.")
-@click.option("--validate-every", default=3, show_default=True, help="Epochs between validations.")
-@click.option("--batch", default=128, show_default=True, help="Full-length windows a step.")
+@click.option(
+    "--min-item-events", type=_COUNT, default=1, show_default=True, help="Leave rarer items out."
+)
+@click.option(
+    "--length", type=_COUNT, default=50, show_default=True, help="Items of a history that are read."
+)
+@click.option(
+    "--width", type=_COUNT, default=64, show_default=True, help="Dimensions of an item vector."
+)
+@click.option("--blocks", type=_COUNT, default=2, show_default=True, help="Attention blocks.")
+@click.option(
+    "--heads", type=_COUNT, default=2, show_default=True, help="Attention heads of a block."
+)
+@click.option(
+    "--epochs", type=_COUNT, default=200, show_default=True, help="At most; training stops early."
+)
+@click.option(
+    "--patience",
+    type=_COUNT,
+    default=8,
+    show_default=True,
+    help="Validations without a better one.",
+)
+@click.option(
+    "--validate-every",
+    type=_COUNT,
+    default=3,
+    show_default=True,
+    help="Epochs between validations.",
+)
+@click.option(
+    "--batch", type=_COUNT, default=128, show_default=True, help="Full-length windows a step."
+)
 @click.option("--dropout", default=0.4, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True, help="Learning rate.")
 @click.option(
@@ -45,7 +71,9 @@ from models.commands.options import (
     "--refit", is_flag=True, help="Train once more, on validation events too, as long as was best."
 )
 @click.option("--baselines/--no-baselines", default=True, show_default=True)
-@click.option("--limit", default=20_000, show_default=True, help="Test queries at most.")
+@click.option(
+    "--limit", type=_COUNT, default=20_000, show_default=True, help="Test queries at most."
+)
 @click.option("--skip-bad", is_flag=True, help="Count and skip bad records.")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), default=None,

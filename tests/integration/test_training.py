@@ -172,3 +172,9 @@ def test_too_few_events_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no user with two events"):
         train(lonely, Options(recipe=RECIPE), registry=tmp_path, name="posts", surface="posts")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path) -> None:
+    options = Options(width=16, heads=3, recipe=RECIPE)
+    with pytest.raises(TrainingError, match="cannot be shared by 3 heads"):
+        train(circle(), options, registry=tmp_path, name="posts", surface="posts")
