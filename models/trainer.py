@@ -133,6 +133,10 @@ def train(
         TrainingError: the events do not suffice.
         BundleError: the version exists.
     """
+    if options.width % options.heads:
+        raise TrainingError(
+            f"a width of {options.width} cannot be shared by {options.heads} heads: choose a multiple"
+        )
     started = time.monotonic()
     on_friends = surface == Surface.FRIENDS
     ids = friends.catalogue(events, options.minimum_item_events) if on_friends else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +112,19 @@ def train_model(source: str, registry: Path, verbose: bool, **given: Any) -> Non
             name=name,
             surface=surface,
             version=given["version"],
-            work=given["work"] or default_work(f"{name}-{given['split']}"),
+            work=given["work"] or default_work(f"{name}-{_mark(source, given)}"),
         )
     click.echo(f"{trained.path}  ({trained.epochs} epochs, {trained.seconds} s)")
     if trained.rows:
         click.echo(f"split {options.split}, {trained.queries} test queries, full ranking:")
         click.echo(table(trained.rows))
+
+
+def _mark(source: str, given: Mapping[str, Any]) -> str:
+    """Of the training that these options ask for; more epochs are the same training."""
+    other = {"epochs", "patience", "verbose", "version", "name", "baselines", "work"}
+    asked = sorted((key, value) for key, value in given.items() if key not in other)
+    return hashlib.sha256(repr((source, asked)).encode()).hexdigest()[:12]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
