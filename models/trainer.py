@@ -135,7 +135,8 @@ def train(
     """
     if options.width % options.heads:
         raise TrainingError(
-            f"a width of {options.width} cannot be shared by {options.heads} heads: choose a multiple"
+            f"a width of {options.width} cannot be shared by {options.heads} heads: choose a"
+            " multiple"
         )
     started = time.monotonic()
     on_friends = surface == Surface.FRIENDS
