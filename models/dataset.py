@@ -126,11 +126,12 @@ def split(data: Interactions, name: str, *, limit: int | None = None, seed: int 
         train, validation, test = leave_one_out(data)
     elif name == BY_TIME:
         train = data.until(TRAIN_END).sequences()
-        validation = next_events(data, TRAIN_END, TEST_START)
-        test = next_events(data, TEST_START, 1.0)
+        validation = next_events(data, TRAIN_END, TEST_START, limit=limit, seed=seed)
+        test = next_events(data, TEST_START, 1.0, limit=limit, seed=seed)
     elif name == EVERYTHING:
         train = data.until(_ALL_TRAIN_END).sequences()
-        validation, test = next_events(data, _ALL_TRAIN_END, 1.0), _queries([])
+        validation = next_events(data, _ALL_TRAIN_END, 1.0, limit=limit, seed=seed)
+        test = _queries([])
     else:
         raise ValueError(f"no split {name!r}; there are {LEAVE_ONE_OUT}, {BY_TIME}, {EVERYTHING}")
     return Split(name, train, sample(validation, limit, seed), sample(test, limit, seed))
@@ -147,10 +148,16 @@ def sample(queries: Queries, limit: int | None, seed: int = 0) -> Queries:
     """At most `limit` queries, drawn at random, order kept."""
     if limit is None or len(queries) <= limit:
         return queries
-    chosen = np.sort(np.random.default_rng(seed).choice(len(queries), limit, replace=False))
+    chosen = _drawn(np.arange(len(queries)), limit, seed)
     users = queries.users[chosen] if queries.users is not None else None
     barred = queries.barred[chosen] if queries.barred is not None else None
     return Queries([queries.histories[n] for n in chosen], queries.targets[chosen], users, barred)
+
+
+def _drawn(places: NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
+    if limit is None or len(places) <= limit:
+        return places
+    return places[np.sort(np.random.default_rng(seed).choice(len(places), limit, replace=False))]
 
 
 def leave_one_out(
@@ -175,22 +182,34 @@ def leave_one_out(
     )
 
 
-def next_events(data: Interactions, start: float, end: float) -> Queries:
+def next_events(
+    data: Interactions, start: float, end: float, *, limit: int | None = None, seed: int = 0
+) -> Queries:
     """Every event between two shares of the time line, asked with the user's history before it.
 
     This is what the worker is asked in production: the model is older than the history.
+
+    Args:
+        limit: at most this many, as `sample` draws them, so that no other history is built.
     """
     first, last = int(len(data.users) * start), int(len(data.users) * end)
+    users = data.users[:last]
+    begun = np.full(data.user_count, last)
+    np.minimum.at(begun, users, np.arange(last))
+    asked = np.flatnonzero(begun[users] < np.arange(last))
+    asked = _drawn(asked[asked >= first], limit, seed)
+    wanted = np.zeros(last, dtype=bool)
+    wanted[asked] = True
     past: dict[int, list[int]] = {}
-    asked, users = [], []
-    for position in range(last):
-        user, item = int(data.users[position]), int(data.items[position])
+    pairs = []
+    for user, item, now in zip(
+        users.tolist(), data.items[:last].tolist(), wanted.tolist(), strict=True
+    ):
         history = past.setdefault(user, [])
-        if position >= first and history:
-            asked.append((np.array(history, dtype=np.int64), item))
-            users.append(user)
+        if now:
+            pairs.append((np.array(history, dtype=np.int64), item))
         history.append(item)
-    return replace(_queries(asked), users=np.array(users, dtype=np.int64))
+    return replace(_queries(pairs), users=users[asked])
 
 
 def padded(histories: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.int64]:

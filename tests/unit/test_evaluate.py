@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.dataset import (
+    Interactions,
     Queries,
     index_interactions,
     leave_one_out,
     next_events,
     padded,
+    sample,
     windows,
 )
 from models.evaluate import accuracy, ranks
@@ -62,3 +64,23 @@ def test_every_item_but_the_first_is_a_target_once() -> None:
 
 def test_padding_is_on_the_left() -> None:
     assert padded([np.array([1, 2, 3]), np.array([4])], 2).tolist() == [[2, 3], [0, 4]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=60),
+    st.integers(1, 20),
+)
+def test_events_drawn_beforehand_are_those_drawn_afterwards(
+    events: list[tuple[int, int]], limit: int
+) -> None:
+    users, items = (np.array(part) for part in zip(*events, strict=True))
+    data = Interactions(users, items, tuple("abcdefghi"))
+    every = next_events(data, 0.5, 1.0)
+    for query, (place, user) in enumerate(
+        (n, u) for n, u in enumerate(users) if n >= len(users) // 2 and u in users[:n]
+    ):
+        assert every.histories[query].tolist() == items[:place][users[:place] == user].tolist()
+        assert every.targets[query] == items[place]
+    drawn, after = next_events(data, 0.5, 1.0, limit=limit), sample(every, limit)
+    assert [h.tolist() for h in drawn.histories] == [h.tolist() for h in after.histories]
+    assert drawn.targets.tolist() == after.targets.tolist()
