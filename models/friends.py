@@ -136,11 +136,15 @@ def spectral(graph: Graph, width: int, *, seed: int, scale: float = 0.02) -> NDA
     rng = np.random.default_rng(seed)
     table = rng.normal(0.0, scale, (graph.user_count + 1, width)).astype(np.float32)
     matrix = graph.matrix()
+    if not matrix.nnz:
+        table[0] = 0.0
+        return table
     both = (matrix + matrix.T).tocsr()
     degrees = np.asarray(both.sum(axis=1)).ravel()
     roots = sp.diags_array(1.0 / np.sqrt(np.maximum(degrees, 1.0)))
     rank = min(width, graph.user_count - 1)
-    left, values, _ = svds((roots @ both @ roots).astype(np.float32), k=rank, rng=rng)
+    first = rng.normal(size=graph.user_count).astype(np.float32)
+    left, values, _ = svds((roots @ both @ roots).astype(np.float32), k=rank, v0=first)
     vectors = left * np.sqrt(values)
     connected = np.flatnonzero(degrees)
     vectors = vectors[connected] / vectors[connected].std() * scale

@@ -171,6 +171,12 @@ def test_vectors_to_start_from_are_near_where_users_are_joined() -> None:
     assert table[12].any()
 
 
+def test_vectors_to_start_from_are_random_where_no_follower_is_an_item() -> None:
+    table = spectral(graph(3, (0, 1), (0, 2)), 4, seed=1)
+    assert not table[0].any()
+    assert table[1:].any(axis=1).all()
+
+
 # -- baselines
 
 
