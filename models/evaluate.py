@@ -170,6 +170,12 @@ def _top(table: NDArray[np.float32]) -> NDArray[np.int64]:
     return top
 
 
+def bundle_accuracy(bundle: Bundle, queries: Queries) -> Accuracy:
+    """Accuracy of a bundle that numbers its items as the queries do."""
+    found = ranks(bundle_score(bundle), queries, length=bundle.manifest.max_length)
+    return accuracy(found)
+
+
 def bundle_score(bundle: Bundle) -> Score:
     """Scores through the very bundle that serves; -inf for items that it gives no score.
 

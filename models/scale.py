@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,9 +25,10 @@ from models.compress.methods import METHODS
 from models.compress.recipe import apply, parse
 from models.dataset import Queries, padded
 from models.export import export
+from models.files import write_json
 from models.measure import BATCHES, Footprint, Latency, footprints, latencies
 from models.sasrec import Params, Shape, init
-from worker.bundle import MODEL_FILE, Bundle, open_bundle, write_bundle, write_durably
+from worker.bundle import MODEL_FILE, Bundle, open_bundle, write_bundle
 
 NOTE = (
     "synthetic catalogues with Zipf popularity and random weights: speed, memory and recall only;"
@@ -267,9 +267,7 @@ def measure_all(
         "seed": seed,
         "catalogues": [{"items": count, "variants": variants} for count, variants in found.items()],
     }
-    building = out / ".scale.json.part"
-    write_durably(building, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    building.replace(out / "scale.json")
+    write_json(out / "scale.json", report)
     return found
 
 

@@ -5,8 +5,8 @@
 2. Combinations are predicted from these (losses add, costs multiply) and tried best first, as long
    as the prediction is within the loss that is allowed. What the trials show corrects the
    predictions.
-3. Where cutting structure promises more than the loss allows, the most promising cuts are
-   fine-tuned, and quantized again.
+3. Where combinations promise more than the loss allows, the most promising are fine-tuned, through
+   the rounding that they plan.
 
 Everything is judged on validation queries. The front that comes out is to be reported on the test
 queries (`models report`): choosing among many favours the lucky.
@@ -15,7 +15,6 @@ queries (`models report`): choosing among many favours the lucky.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,12 +25,10 @@ import numpy as np
 from models.compress import recipe
 from models.compress.draft import CompressionError, Context, Draft
 from models.compress.methods import METHODS
-from models.compress.trial import cost, in_memory, ndcg
+from models.compress.trial import cost, in_memory, ndcg, relative_loss
 from models.dataset import Queries, sample
 from models.export import NotSasrecError, read_params
 from worker.bundle import Bundle
-
-log = logging.getLogger(__name__)
 
 OBJECTIVES = ("size", "latency")
 
@@ -96,7 +93,7 @@ def search(
         max_loss: relative loss of validation NDCG@10 that is allowed, such as 0.01.
         objective: `size` or `latency`: what is to be small within it.
         trials: combinations to try after the single options.
-        finetunes: cuts to fine-tune; the costly part.
+        finetunes: recipes to fine-tune; the costly part.
         finetune_epochs: at most so many each.
         queries: validation queries to judge by.
         progress: told each trial as a line.
@@ -164,7 +161,7 @@ class _Judge:
         self._queries: Queries = sample(context.need_validation("search"), queries, context.seed)
         self._reference: Bundle = in_memory(draft)
         self._ndcg = ndcg(self._reference, self._queries)
-        size = cost(draft, self._reference, self._reference, self._queries)
+        size = cost(self._reference, self._reference, self._queries)
         self._bytes = size.bytes
         self.trials: dict[str, Trial] = {}
         self.failed: dict[str, str] = {}
@@ -195,8 +192,8 @@ class _Judge:
     def _measure(self, made: Draft, text: str, stage: str, seconds: float) -> Trial:
         bundle = in_memory(made)
         measured = ndcg(bundle, self._queries)
-        spent = cost(made, bundle, self._reference, self._queries)
-        lost = 1.0 - measured / max(self._ndcg, 1e-9)
+        spent = cost(bundle, self._reference, self._queries)
+        lost = relative_loss(measured, self._ndcg)
         ratio = spent.bytes / self._bytes
         return self._add(
             Trial(
@@ -262,7 +259,7 @@ class _Judge:
 
 
 def _combinations(singles: Sequence[Sequence[Trial]]) -> Iterator[Trial]:
-    """Predicted trials of two options and more: losses add, costs multiply."""
+    """Predicted trials of one option and more: losses add, costs multiply."""
     for chosen in itertools.product(*([None, *options] for options in singles)):
         parts = [trial for trial in chosen if trial is not None]
         if not parts:

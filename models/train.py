@@ -7,9 +7,9 @@ The weights that count are a running average of those that the optimizer moves (
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from models import sasrec
 from models.dataset import Queries, windows
 from models.evaluate import accuracy, ranks
+from models.files import write_whole
 from models.sasrec import Params, Shape, Teacher
 from worker.errors import StreamrecError
 
@@ -274,10 +275,9 @@ def _write_checkpoint(file: Path, state: _State, mark: str) -> None:
         "best_epoch": state.best_epoch, "validated": state.validated,
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    with building.open("wb") as target:
-        np.savez(target, head=np.array(json.dumps(head)), **arrays)  # type: ignore[arg-type]
-    building.replace(file)
+    stored = io.BytesIO()
+    np.savez(stored, head=np.array(json.dumps(head)), **arrays)  # type: ignore[arg-type]
+    write_whole(file, stored.getvalue())
 
 
 def _read_checkpoint(file: Path, state: _State, mark: str) -> None:

@@ -35,14 +35,14 @@ from models.dataset import (
     sample,
     split,
 )
-from models.evaluate import Accuracy, Score, accuracy, bundle_score, ranks
+from models.evaluate import Accuracy, Score, accuracy, ranks
 from models.events import Events, at_least, merged
 from models.export import export
 from models.provenance import provenance
 from models.report.published import published
 from models.sasrec import Params, Shape, init
 from models.train import Recipe, fit, param_score
-from worker.bundle import open_bundle, write_bundle
+from worker.bundle import write_bundle
 from worker.errors import StreamrecError
 from worker.events import Surface
 
@@ -88,9 +88,11 @@ class Trained:
 
 
 def prepare(
-    events: Events, options: Options, item_ids: Sequence[str] | None = None
+    events: Events, options: Options, surface: str, item_ids: Sequence[str] | None = None
 ) -> tuple[Interactions, Split]:
     """Number items (as `item_ids` does, where given) and divide events.
+
+    On the surface friends, nobody is a candidate for themselves.
 
     Raises:
         TrainingError: no user has two events, or the split is none.
@@ -110,6 +112,8 @@ def prepare(
             f"{events.name} holds no user with two events on known items to train on: check the"
             " surface, the minimum of events per item, and that items are those of the bundle"
         )
+    if surface == Surface.FRIENDS:
+        parts = friends.without_self(parts, friends.own_items(events, data))
     return data, parts
 
 
@@ -141,10 +145,8 @@ def train(
     started = time.monotonic()
     on_friends = surface == Surface.FRIENDS
     ids = friends.catalogue(events, options.minimum_item_events) if on_friends else None
-    data, parts = prepare(events, options, ids)
+    data, parts = prepare(events, options, surface, ids)
     own = friends.own_items(events, data) if on_friends else None
-    if own is not None:
-        parts = friends.without_self(parts, own)
     shape = Shape.fresh(
         data.item_count, length=options.length, width=options.width, blocks=options.blocks,
         heads=options.heads,
@@ -198,8 +200,7 @@ def train(
         ),
     )
     if measured is not None:
-        through = _bundle_accuracy(path, parts.test)
-        rows.append({"model": "SASRec, this bundle", **through.as_metrics(), "source": "measured"})
+        rows.append({"model": "SASRec, this bundle", **measured.as_metrics(), "source": "measured"})
         rows += published(events.name, options.split)
     return Trained(path, rows, fitted.epochs, round(time.monotonic() - started, 1), len(parts.test))
 
@@ -208,11 +209,6 @@ def _accuracy(params: Params, shape: Shape, test: Queries) -> Accuracy | None:
     if not len(test):
         return None
     return accuracy(ranks(param_score(params, shape), test, length=shape.length))
-
-
-def _bundle_accuracy(path: Path, test: Queries) -> Accuracy:
-    bundle = open_bundle(path)
-    return accuracy(ranks(bundle_score(bundle), test, length=bundle.manifest.max_length))
 
 
 def _lessons(

@@ -18,6 +18,7 @@ from models.commands.options import (
     stamp,
     training_code,
 )
+from worker.bundle import MODEL_FILE, read_manifest
 
 if TYPE_CHECKING:
     from models.compress.draft import Draft
@@ -48,48 +49,43 @@ def compress_bundle(
     bundle of its own in the registry, with its accuracy on the test events in the manifest.
     """
     with training_code():
-        from models.compress.draft import lower, save  # noqa: PLC0415
         from models.compress.methods import METHODS  # noqa: PLC0415
         from models.compress.recipe import apply, parse  # noqa: PLC0415
-        from models.provenance import provenance  # noqa: PLC0415
 
         parsed = [(text, parse(text, METHODS)) for text in recipes]
         draft, context, about = draft_with_context(bundle, source, split, limit, skip_bad, seed)
         if name is not None:
             draft = replace(draft, manifest=msgspec.structs.replace(draft.manifest, name=name))
-        before = len(lower(draft))
+        before = draft.manifest.files[MODEL_FILE].bytes
         when = stamp()
         for text, steps in parsed:
             made = apply(steps, draft, context)
-            metrics = accuracy_of(made, about)
-            more: dict[str, str] = {}
-            if about:
-                more = provenance(
-                    about["events"].name, about["events"].sha256, split=about["split"],
-                    seed=str(seed),
-                )  # fmt: skip
-            path = save(
-                made, registry / made.manifest.name / f"{when}-{slug(text)}",
-                metrics=metrics, provenance=more,
-            )  # fmt: skip
-            after = (path / "model.onnx").stat().st_size
-            figures = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+            path = write(made, registry, f"{when}-{slug(text)}", about, seed)
+            manifest = read_manifest(path)
+            after = manifest.files[MODEL_FILE].bytes
+            figures = "  ".join(f"{key} {value:.4f}" for key, value in manifest.metrics.items())
             click.echo(
                 f"{path}  {made.precision}  {after / 1e6:.3f} MB"
                 f" ({before / after:.1f}x smaller)  {figures}"
             )
 
 
-def accuracy_of(draft: Draft, about: dict[str, Any]) -> dict[str, float]:
-    """Figures on the test events; none without."""
-    if not about or not len(about["test"]):
-        return {}
+def write(draft: Draft, registry: Path, version: str, about: dict[str, Any], seed: int) -> Path:
+    """Save a compressed draft with its figures on the test events, where `about` has any."""
+    from models.compress.draft import save  # noqa: PLC0415
     from models.compress.trial import in_memory  # noqa: PLC0415
-    from models.evaluate import accuracy, bundle_score, ranks  # noqa: PLC0415
+    from models.evaluate import bundle_accuracy  # noqa: PLC0415
+    from models.provenance import provenance  # noqa: PLC0415
 
-    made = in_memory(draft)
-    found = ranks(bundle_score(made), about["test"], length=made.manifest.max_length)
-    return accuracy(found).as_metrics()
+    metrics: dict[str, float] = {}
+    origin: dict[str, str] = {}
+    if about:
+        events = about["events"]
+        origin = provenance(events.name, events.sha256, split=about["split"], seed=str(seed))
+        if len(about["test"]):
+            metrics = bundle_accuracy(in_memory(draft), about["test"]).as_metrics()
+    directory = registry / draft.manifest.name / version
+    return save(draft, directory, metrics=metrics, provenance=origin)
 
 
 @click.command("methods")

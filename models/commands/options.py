@@ -116,7 +116,6 @@ def draft_with_context(
         The draft, the context, and the test queries with what names them, under `test`, `events`
         and `split`; empty without events.
     """
-    from models import friends  # noqa: PLC0415
     from models.compress.draft import Context, open_draft  # noqa: PLC0415
     from models.trainer import Options, prepare  # noqa: PLC0415
 
@@ -132,9 +131,7 @@ def draft_with_context(
     events = read(source, draft.manifest.surface, skip_bad)
     chosen = split or draft.manifest.provenance.get("split", "time")
     options = Options(split=chosen, queries=limit)
-    data, parts = prepare(events, options, draft.items)
-    if draft.manifest.surface == Surface.FRIENDS:
-        parts = friends.without_self(parts, friends.own_items(events, data))
+    _, parts = prepare(events, options, draft.manifest.surface, draft.items)
     context = Context(parts.train, parts.validation, seed)
     return draft, context, {"test": parts.test, "events": events, "split": chosen}
 

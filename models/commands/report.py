@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from models.commands.options import Percent, read, source_options, training_code
-from worker.events import Surface
 
 _PATH = click.Path(path_type=Path)
 
@@ -46,7 +45,6 @@ def report_bundles(
 ) -> None:
     """Compare bundles with the first one: size, memory, latency, accuracy, and who pays."""
     with training_code():
-        from models import friends  # noqa: PLC0415
         from models.report import DataInfo, build_report, open_bundles, write_report  # noqa: PLC0415
         from models.report.rankers import read_rankers  # noqa: PLC0415
         from models.trainer import Options, prepare  # noqa: PLC0415
@@ -57,9 +55,7 @@ def report_bundles(
         manifest = opened[0].manifest
         events = read(source, manifest.surface, skip_bad)
         options = Options(split=split or manifest.provenance.get("split", "time"), queries=limit)
-        data, parts = prepare(events, options, opened[0].items)
-        if manifest.surface == Surface.FRIENDS:
-            parts = friends.without_self(parts, friends.own_items(events, data))
+        _, parts = prepare(events, options, manifest.surface, opened[0].items)
         made = build_report(
             opened,
             parts,

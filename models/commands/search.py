@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import click
-import msgspec
 
+from models.commands import compress
 from models.commands.options import (
     Percent,
     draft_with_context,
@@ -62,9 +62,9 @@ def search_recipes(
     front of size, latency and accuracy on validation events.
     """
     with training_code():
-        from models.compress.draft import save  # noqa: PLC0415
         from models.compress.methods import METHODS  # noqa: PLC0415
         from models.compress.recipe import apply, parse  # noqa: PLC0415
+        from models.files import write_json  # noqa: PLC0415
         from models.front import draw_front  # noqa: PLC0415
         from models.search import line, search  # noqa: PLC0415
 
@@ -85,23 +85,14 @@ def search_recipes(
         click.echo(f"* smallest {objective} with at most {max_loss:.1%} loss: {found.best.recipe}")
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            text = msgspec.json.format(msgspec.json.encode(found.as_dict()), indent=1)
-            building = out / ".search.json"
-            building.write_bytes(text + b"\n")
-            building.replace(out / "search.json")
+            write_json(out / "search.json", found.as_dict())
             for suffix in ("svg", "png"):
                 draw_front(found, max_loss, out / f"front.{suffix}")
             click.echo(f"written: {out}/search.json, front.svg, front.png")
         if write and found.best.recipe != "fp32":
-            from models.commands.compress import accuracy_of  # noqa: PLC0415
-
             made = apply(parse(found.best.recipe, METHODS), draft, context)
-            path = save(
-                made,
-                registry / draft.manifest.name / f"{stamp()}-{slug(found.best.recipe)}",
-                metrics=accuracy_of(made, about),
-            )
-            click.echo(f"written: {path}")
+            version = f"{stamp()}-{slug(found.best.recipe)}"
+            click.echo(f"written: {compress.write(made, registry, version, about, seed)}")
     sys.stdout.flush()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.compress.draft import CompressionError, Context, Draft, Weight
 from models.compress.rows import Rows
-from models.compress.trial import cost, in_memory, loss, ndcg, surprise
+from models.compress.trial import cost, in_memory, ndcg, relative_loss, surprise
 from models.dataset import sample
 from worker.bundle import Bundle
 
@@ -63,7 +63,7 @@ def mixed(
         return made
 
     def fits(count: int) -> bool:
-        return _loss(in_memory(after(count)), queries, base) <= loss
+        return relative_loss(ndcg(in_memory(after(count)), queries), base) <= loss
 
     low, high = 0, len(moves)
     if fits(high):
@@ -75,9 +75,6 @@ def mixed(
         while low > 0 and _value(after(low - 1), start, context, objective) <= budget:
             low -= 1
     return after(low)
-
-
-_loss = loss
 
 
 def _moves(draft: Draft, context: Context, start: Bundle, objective: str) -> list[Move]:
@@ -98,7 +95,7 @@ def _moves(draft: Draft, context: Context, start: Bundle, objective: str) -> lis
                 saved = value.size * (bits_before - bits) / 8
             else:
                 tried = draft.encoded([weight.name], encoding)
-                made = cost(tried, in_memory(tried), start, queries)
+                made = cost(in_memory(tried), start, queries)
                 saved = made.batch_ms * (1.0 / max(made.latency_ratio, 1e-9) - 1.0)
             if saved > 0.0:
                 found.append(Move(weight, encoding, harm - previous, saved))
@@ -121,5 +118,5 @@ def _moves(draft: Draft, context: Context, start: Bundle, objective: str) -> lis
 
 def _value(draft: Draft, start: Bundle, context: Context, objective: str) -> float:
     queries = context.need_validation("mixed")
-    made = cost(draft, in_memory(draft), start, queries)
+    made = cost(in_memory(draft), start, queries)
     return float(made.bytes) if objective == "size" else made.batch_ms

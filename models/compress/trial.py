@@ -3,6 +3,7 @@ queries. Nothing is written; the graph is the one that would be served."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,10 @@ from numpy.typing import NDArray
 
 from models.compress.draft import CompressionError, Draft, lower
 from models.dataset import Queries, padded
-from models.evaluate import accuracy, bundle_score, ranks
-from worker.bundle import Bundle, session_options
+from models.evaluate import bundle_accuracy, bundle_score
+from models.measure import K
+from worker.bundle import MODEL_FILE, Bundle, FileSpec, session_options
 
-#: Candidates asked for when timing: what the worker asks for.
-CANDIDATES = 60
 ROUNDS = 15
 
 
@@ -35,7 +35,11 @@ def in_memory(draft: Draft) -> Bundle:
         raise CompressionError(
             f"ONNX Runtime does not load {' + '.join(draft.steps)}: {str(error)[:300]}"
         ) from None
-    manifest = msgspec.structs.replace(draft.manifest, precision=draft.precision)
+    manifest = msgspec.structs.replace(
+        draft.manifest,
+        precision=draft.precision,
+        files={MODEL_FILE: FileSpec(hashlib.sha256(data).hexdigest(), len(data))},
+    )
     return Bundle(manifest, Path(), session, draft.items)
 
 
@@ -49,31 +53,31 @@ class Cost:
     batch_ms: float
 
 
-def cost(draft: Draft, bundle: Bundle, reference: Bundle, queries: Queries) -> Cost:
-    """Weigh and time a variant against the reference."""
+def cost(bundle: Bundle, reference: Bundle, queries: Queries) -> Cost:
+    """Weigh and time a variant against the reference; both of `in_memory`."""
 
     def batch(of: Bundle) -> NDArray[np.int64]:
         return padded(list(queries.histories[:64]), of.manifest.max_length)
 
     mine, theirs = batch(bundle), batch(reference)
-    k = min(CANDIDATES, bundle.manifest.most)
+    k = min(K, bundle.manifest.most)
     own, other = [], []
     for _ in range(ROUNDS + 2):
         own.append(_timed(bundle, mine, k))
         other.append(_timed(reference, theirs, k))
     ratios = np.array(own[2:]) / np.array(other[2:])
-    return Cost(len(lower(draft)), float(np.median(ratios)), float(np.median(own[2:])) * 1000.0)
+    size = bundle.manifest.files[MODEL_FILE].bytes
+    return Cost(size, float(np.median(ratios)), float(np.median(own[2:])) * 1000.0)
 
 
-def loss(bundle: Bundle, queries: Queries, reference_ndcg: float) -> float:
-    """Relative loss of NDCG@10 against the reference's on the same queries; negative is a gain."""
-    return 1.0 - ndcg(bundle, queries) / max(reference_ndcg, 1e-9)
+def relative_loss(ndcg: float, reference: float) -> float:
+    """Relative loss of an NDCG against the reference's on the same queries; negative is a gain."""
+    return 1.0 - ndcg / max(reference, 1e-9)
 
 
 def ndcg(bundle: Bundle, queries: Queries) -> float:
     """NDCG@10."""
-    found = ranks(bundle_score(bundle), queries, length=bundle.manifest.max_length)
-    return accuracy(found).ndcg
+    return bundle_accuracy(bundle, queries).ndcg
 
 
 def surprise(bundle: Bundle, queries: Queries, *, batch: int = 128) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from models.files import write_whole
 from models.rankers.data import Rows
 from models.rankers.errors import RankerError
 from models.rankers.graph import feed, find_score, open_session, scores, to_bytes
@@ -132,8 +132,8 @@ def write_variants(folder: Path, variants: Sequence[Variant], report: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     for variant in variants:
         if variant.file_name is not None:
-            _write(folder / variant.file_name, variant.data)
-    _write(folder / REPORT_FILE, json.dumps(report, indent=1).encode() + b"\n")
+            write_whole(folder / variant.file_name, variant.data)
+    write_whole(folder / REPORT_FILE, json.dumps(report, indent=1).encode() + b"\n")
 
 
 def report_table(report: dict[str, Any]) -> str:
@@ -257,15 +257,3 @@ def _load_ms(data: bytes) -> float:
         open_session(data)
         times.append(time.perf_counter() - started)
     return round(float(np.median(times)) * 1000, 3)
-
-
-def _write(path: Path, data: bytes) -> None:
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with building.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
