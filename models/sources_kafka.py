@@ -16,7 +16,7 @@ from aiokafka.structs import TopicPartition
 
 from models.events import BadRecords, EventLog, SourceError
 from models.sources_records import RecordIntake
-from worker.events import Record
+from worker.events import Record, Records
 
 SCHEME = "kafka://"
 _FORM = "kafka://host:port[,host:port]/topic?from=OFFSET|earliest|TIME&to=OFFSET|latest|TIME"
@@ -197,13 +197,11 @@ async def _read_partition(
     # By position, not by the last record: compaction and transactions leave gaps.
     while position < end:
         fetched = await consumer.getmany(place, timeout_ms=1000)
-        records = [
-            Record(m.topic, m.partition, m.offset, m.key, m.value, m.timestamp)
-            for m in fetched.get(place, ())
-            if m.offset < end
-        ]
-        for record in records:
-            digest.update(record.value or b"")
+        records = Records.of(
+            place.topic, place.partition, [m for m in fetched.get(place, ()) if m.offset < end]
+        )
+        for value in records.values:
+            digest.update(value or b"")
         intake.take(records, where)
         now = time.monotonic()
         reached = await consumer.position(place)

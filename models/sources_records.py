@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, cast
@@ -13,7 +13,7 @@ from typing import IO, cast
 import numpy as np
 
 from models.events import TYPE_CODES, BadRecords, EventLog, SourceError
-from worker.events import Decoder, Record
+from worker.events import Decoder, Record, Records
 from worker.settings import load_settings
 
 _CHUNK = 8192
@@ -40,7 +40,7 @@ class RecordIntake:
         self._bad = bad
         self._surface = surface
 
-    def take(self, records: Sequence[Record], where: Callable[[Record], str]) -> None:
+    def take(self, records: Records, where: Callable[[Record], str]) -> None:
         """Gather `records`; `where` tells people the place of one.
 
         Raises:
@@ -74,9 +74,7 @@ def read_jsonl(path: Path, log: EventLog, bad: BadRecords, surface: str) -> None
         with _opened(path) as stream:
             numbered = enumerate(stream, start=1)
             while lines := list(islice(numbered, _CHUNK)):
-                intake.take(
-                    list(_records(name, lines)), lambda record: f"{name}, line {record.offset}"
-                )
+                intake.take(_records(name, lines), lambda record: f"{name}, line {record.offset}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(
             f"{name} is no whole gzip file ({error}): fetch or write it again"
@@ -89,6 +87,7 @@ def _opened(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
-def _records(name: str, lines: Iterable[tuple[int, bytes]]) -> Iterable[Record]:
-    for number, line in lines:
-        yield Record(name, 0, number, None, line.rstrip(b"\r\n"), 0)
+def _records(name: str, lines: Sequence[tuple[int, bytes]]) -> Records:
+    numbers = [number for number, _ in lines]
+    values = [line.rstrip(b"\r\n") for _, line in lines]
+    return Records(name, 0, numbers, [None] * len(lines), values, [0] * len(lines))

@@ -21,6 +21,7 @@ from worker.models import Models
 from worker.outbox import Outbox
 from worker.pipeline import Pipeline
 from worker.rules import Rules, read_rules
+from worker.scorer import RUN_ROWS
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
 #: Record batches that wait between Faust and the pipeline.
 CHANNEL_BATCHES = 64
+#: Largest record batch that is produced, half of Kafka's default `max.message.bytes`.
+PRODUCER_BATCH_BYTES = 512 * 1024
 
 
 class StreamrecApp(faust.App):
@@ -60,7 +63,7 @@ def create_app(settings: Settings) -> StreamrecApp:
         settings.registry,
         settings.models_by_surface,
         inference_threads=settings.inference_threads,
-        warmup_batches=(1, min(64, settings.batch_max_events), settings.batch_max_events),
+        warmup_batches=(1, RUN_ROWS),
         metrics=metrics,
     )
     models.load_all()
@@ -86,6 +89,8 @@ def create_app(settings: Settings) -> StreamrecApp:
         consumer_auto_offset_reset="earliest",
         producer_acks=-1,
         producer_linger=0.0,
+        # Records of one partition and write go as one batch, well below a broker's usual bound.
+        producer_max_batch_size=PRODUCER_BATCH_BYTES,
         producer_request_timeout=30.0,
         topic_disable_leader=True,
         topic_allow_declare=False,

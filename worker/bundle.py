@@ -98,11 +98,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     golden_tolerance: float = 1e-3
     #: How `text.onnx` wants its input; None where the bundle has none.
     text: TextSpec | None = None
+    #: Whether histories may be cut to less than `max_length` where that cuts padding only.
+    any_length: bool = False
 
     @property
     def most(self) -> int:
         """The largest `k` that the model takes."""
         return self.item_count if self.max_k is None else min(self.max_k, self.item_count)
+
+    @property
+    def carry_width(self) -> int | None:
+        """Numbers that a user's carry has; None where the model is not recurrent."""
+        return _carry_width(self.inputs)
 
     def created(self) -> datetime:
         """`created_at`, parsed; naive times are UTC."""
@@ -120,9 +127,35 @@ OUTPUTS = [
 ]
 #: A further output, wanted where there is a text encoder: an item's score is its vector times this.
 STATE = TensorSpec("state", "float32", ["batch", "width"])
+#: A further input and output of recurrent models: what is kept of a user between runs.
+CARRY, NEXT_CARRY = "carry", "next_carry"
 TEXT_INPUTS = [TensorSpec("grams", "int64", ["n", "grams"])]
 TEXT_OUTPUTS = [TensorSpec("vectors", "float32", ["n", "width"])]
 _ORT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+
+
+def carry_spec(name: str, width: int) -> TensorSpec:
+    """The tensor `CARRY` or `NEXT_CARRY` of a recurrent model."""
+    return TensorSpec(name, "float32", ["batch", width])
+
+
+def _carry_width(inputs: Sequence[TensorSpec]) -> int | None:
+    for spec in inputs:
+        width = spec.shape[-1] if spec.name == CARRY and spec.shape else None
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _contract(carry_width: int | None, *, state: bool) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a model; `state`: whether it has the output `STATE`."""
+    inputs, outputs = [*INPUTS], [*OUTPUTS]
+    if state:
+        outputs.append(STATE)
+    if carry_width is not None:
+        inputs.append(carry_spec(CARRY, carry_width))
+        outputs.append(carry_spec(NEXT_CARRY, carry_width))
+    return inputs, outputs
 
 
 @dataclass(frozen=True)
@@ -142,35 +175,81 @@ class Bundle:
         """Model index by item id."""
         return {item: position for position, item in enumerate(self.items, start=1)}
 
+    def fresh_carry(self, batch: int) -> NDArray[np.float32]:
+        """Carries of users of whom nothing was read yet: zeros float32 `[batch, carry_width]`.
+
+        Raises:
+            BundleError: the model is not recurrent.
+        """
+        width = self.manifest.carry_width
+        if width is None:
+            raise BundleError(
+                f"{self.manifest.name}@{self.manifest.version} keeps nothing of a user between"
+                " runs: give `score` the whole history"
+            )
+        return np.zeros((batch, width), dtype=np.float32)
+
     def score(
         self, history: NDArray[np.int64], k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The `k` best items of the whole catalogue for each history.
 
         Args:
-            history: int64 `[batch, length]`, model indexes, padded with 0 on the left.
+            history: int64 `[batch, length]`, model indexes, padded with 0 on the left; `length` is
+                `max_length`, or less where the manifest allows `any_length`.
             k: at most `manifest.most`.
 
         Returns:
             Model indexes int64 `[batch, k]` and scores float32 `[batch, k]`, best first.
         """
-        items, scores = self.session.run(
-            ["items", "scores"], {"history": history, "k": np.array([k], dtype=np.int64)}
-        )
-        return cast(NDArray[np.int64], items), cast(NDArray[np.float32], scores)
+        items, scores = self._run(["items", "scores"], history, None, k)
+        return items, scores
 
     def score_with_states(
         self, history: NDArray[np.int64], k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """As `score`, and the users' states float32 `[batch, width]`; for bundles with `text`."""
-        items, scores, states = self.session.run(
-            ["items", "scores", STATE.name], {"history": history, "k": np.array([k])}
+        items, scores, states = self._run(["items", "scores", STATE.name], history, None, k)
+        return items, scores, states
+
+    def advance(
+        self, history: NDArray[np.int64], carry: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """The `k` best items after more of each history; for recurrent bundles.
+
+        Args:
+            history: int64 `[batch, length]`, what came since `carry`, oldest first, padded with 0
+                on the left; at least one item a row.
+            carry: float32 `[batch, carry_width]`, of the run before; `fresh_carry` at first.
+            k: at most `manifest.most`.
+
+        Returns:
+            Model indexes int64 `[batch, k]`, scores float32 `[batch, k]`, best first, and the next
+            carry float32 `[batch, carry_width]`.
+        """
+        items, scores, moved = self._run(["items", "scores", NEXT_CARRY], history, carry, k)
+        return items, scores, moved
+
+    def advance_with_states(
+        self, history: NDArray[np.int64], carry: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """As `advance`, and the users' states float32 `[batch, width]`; for bundles with `text`."""
+        items, scores, moved, states = self._run(
+            ["items", "scores", NEXT_CARRY, STATE.name], history, carry, k
         )
-        return (
-            cast(NDArray[np.int64], items),
-            cast(NDArray[np.float32], scores),
-            cast(NDArray[np.float32], states),
-        )
+        return items, scores, moved, states
+
+    def _run(
+        self,
+        outputs: list[str],
+        history: NDArray[np.int64],
+        carry: NDArray[np.float32] | None,
+        k: int,
+    ) -> list[Any]:
+        feeds: dict[str, Any] = {"history": history, "k": np.array([k], dtype=np.int64)}
+        if self.manifest.carry_width is not None:
+            feeds[CARRY] = self.fresh_carry(len(history)) if carry is None else carry
+        return list(self.session.run(outputs, feeds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,11 +328,11 @@ def open_bundle(
         except _BrokenError as problem:
             raise BundleError(f"{path}: {name}: {problem}") from None
     bundle = checks.bundle()
+    k = min(10, bundle.manifest.most)
     for size in warmup_batches:
-        bundle.score(
-            np.ones((size, bundle.manifest.max_length), dtype=np.int64),
-            min(10, bundle.manifest.most),
-        )
+        bundle.score(np.ones((size, bundle.manifest.max_length), dtype=np.int64), k)
+        if bundle.manifest.carry_width is not None:
+            bundle.score(np.ones((size, 1), dtype=np.int64), k)
     return bundle
 
 
@@ -326,16 +405,18 @@ def write_bundle(
             parts[TEXT_FILE] = text_model
         for name, data in parts.items():
             write_durably(building / name, data)
+        carry_width = _carry_width(_graph_inputs(building / MODEL_FILE))
+        inputs, outputs = _contract(carry_width, state=text_model is not None)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             item_count=len(items),
-            inputs=INPUTS,
-            outputs=OUTPUTS if text_model is None else [*OUTPUTS, STATE],
+            inputs=inputs,
+            outputs=outputs,
             files={
                 name: FileSpec(hashlib.sha256(data).hexdigest(), len(data))
                 for name, data in parts.items()
             },
-            **manifest_fields,
+            **{"any_length": carry_width is not None, **manifest_fields},
         )
         write_durably(building / MANIFEST_FILE, _pretty(manifest))
         if golden_histories is not None:
@@ -353,6 +434,23 @@ def write_bundle(
     return directory
 
 
+def _graph_inputs(model: Path) -> list[TensorSpec]:
+    """Inputs of a graph, types as ONNX Runtime names them; none where it does not load, which is
+    left to the checks."""
+    options = session_options(1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception:
+        return []
+    return [
+        TensorSpec(
+            node.name, _ORT_TYPES.get(node.type, node.type), [dim or "" for dim in node.shape]
+        )
+        for node in session.get_inputs()
+    ]
+
+
 def _pretty(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
@@ -363,6 +461,10 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+#: Items int64 and scores float32 `[batch, k]`.
+_Lists = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 class _BrokenError(Exception):
@@ -389,6 +491,8 @@ class _Checks:
         yield "model", self._check_model
         yield "signature", self._check_signature
         yield "outputs", self._check_outputs
+        yield "length", self._check_length
+        yield "carry", self._check_carry
         yield "text", self._check_text
         if verify:
             yield "golden", self._check_golden
@@ -415,9 +519,9 @@ class _Checks:
                 f"max_k is {manifest.max_k}; leave it out, or give 1 to item_count,"
                 f" {manifest.item_count}"
             )
-        outputs = OUTPUTS if len(manifest.outputs) <= len(OUTPUTS) else [*OUTPUTS, STATE]
+        inputs, outputs = self._wanted()
         for kind, declared, wanted in (
-            ("inputs", manifest.inputs, INPUTS),
+            ("inputs", manifest.inputs, inputs),
             ("outputs", manifest.outputs, outputs),
         ):
             if [(t.name, t.dtype) for t in declared] != [(t.name, t.dtype) for t in wanted]:
@@ -493,8 +597,21 @@ class _Checks:
             raise _BrokenError(f"ONNX Runtime does not load {name}: {_first_line(error)}") from None
 
     def _check_signature(self) -> None:
-        outputs = [*OUTPUTS, STATE] if len(self.manifest.outputs) > len(OUTPUTS) else OUTPUTS
-        _check_tensors("the model", self._loaded(), INPUTS, outputs)
+        inputs, outputs = self._wanted()
+        _check_tensors("the model", self._loaded(), inputs, outputs)
+        history = next(n for n in self._loaded().get_inputs() if n.name == "history")
+        if self.manifest.any_length and isinstance(history.shape[1], int):
+            raise _BrokenError(
+                f"the manifest says any_length, but the model reads {history.shape[1]} items: leave"
+                " it out, or export the model with a free length"
+            )
+        if self.manifest.carry_width is not None and not self.manifest.any_length:
+            raise _BrokenError("with a carry, the length of histories must be free (any_length)")
+
+    def _wanted(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """What the manifest must declare, and the model have."""
+        state = any(spec.name == STATE.name for spec in self.manifest.outputs)
+        return _contract(self.manifest.carry_width, state=state)
 
     def _check_outputs(self) -> None:
         """Run histories of one item, of all padding but one, and full ones, in two batch sizes."""
@@ -540,6 +657,84 @@ class _Checks:
         if not np.isneginf(scores[:, -1]).all():
             raise _BrokenError(f"the model has more items than item_count, {count}")
 
+    def _probes(self) -> list[NDArray[np.int64]]:
+        """Histories int64 `[batch, max_length]` to compare two ways of running by."""
+        manifest = self.manifest
+        made = np.zeros((2, manifest.max_length), dtype=np.int64)
+        made[0] = np.arange(manifest.max_length) * 7 % manifest.item_count + 1
+        made[1, -1] = manifest.item_count
+        golden = [np.array(golden.history, dtype=np.int64) for golden in manifest.golden]
+        shape = (manifest.max_length,)
+        return [made, *(tensor for tensor in golden if tensor.shape[1:] == shape and len(tensor))]
+
+    def _check_length(self) -> None:
+        """Cut padding changes nothing."""
+        if not self.manifest.any_length:
+            return
+        k = min(10, self.manifest.most)
+        for history in self._probes():
+            known = history[:, -max(1, self.manifest.max_length // 2) :]
+            padded = np.zeros_like(history)
+            padded[:, -known.shape[1] :] = known
+            self._compare(self._run(padded, k), self._run(known, k), "without its padding")
+
+    def _check_carry(self) -> None:
+        """A history read in pieces gives what it gives whole, and padding moves nothing."""
+        if self.manifest.carry_width is None:
+            return
+        k = min(10, self.manifest.most)
+        for history in self._probes():
+            length = history.shape[1]
+            whole = self._run(history, k)
+            for cut in {length // 2, length - 1} - {0}:
+                # The second half of a padded row may be all that there is of it.
+                _, _, carry = self._advance(history[:, :cut], None, k)
+                items, scores, after = self._advance(history[:, cut:], carry, k)
+                self._compare(whole, (items, scores), f"read in pieces of {cut} and the rest")
+                apart = np.zeros((len(history), 2 * (length - cut)), dtype=np.int64)
+                apart[:, 1::2] = history[:, cut:]
+                items, scores, _ = self._advance(apart, carry, k)
+                self._compare(whole, (items, scores), "with padding between its items")
+                nothing = np.zeros((len(history), 3), dtype=np.int64)
+                if not np.array_equal(self._advance(nothing, after, k)[2], after):
+                    raise _BrokenError(f"padding changes {NEXT_CARRY}: 0 must leave it as it was")
+
+    def _advance(
+        self, history: NDArray[np.int64], carry: NDArray[np.float32] | None, k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        bundle = Bundle(self.manifest, self.path, self._loaded(), self._items or ())
+        carry = bundle.fresh_carry(len(history)) if carry is None else carry
+        try:
+            items, scores, after = bundle.advance(history, carry, k)
+        except Exception as error:
+            raise _BrokenError(
+                f"the model fails on a history {list(history.shape)} with a {CARRY}:"
+                f" {_first_line(error)}"
+            ) from None
+        if after.shape != carry.shape or not np.isfinite(after).all():
+            raise _BrokenError(
+                f"{NEXT_CARRY} is {list(after.shape)}, or not all finite; it must be"
+                f" {list(carry.shape)} of finite numbers"
+            )
+        return items, scores, after
+
+    def _compare(self, one: _Lists, other: _Lists, how: str) -> None:
+        """Whether two ways of running give the same scores, up to the manifest's tolerance.
+
+        Lists may differ by items where scores are close, and where retrieval is approximate.
+        """
+        tolerance = self.manifest.golden_tolerance
+        same = one[0][:, :, None] == other[0][:, None, :]
+        apart = np.abs(one[1][:, :, None] - other[1][:, None, :])
+        worst = float(apart[same].max(initial=0.0))
+        if not worst <= tolerance:
+            raise _BrokenError(
+                f"a history {how} has scores that differ by up to {worst:.4g}; the manifest allows"
+                f" {tolerance:g} (golden_tolerance)"
+            )
+        if same.sum() < one[0].size / 2:
+            raise _BrokenError(f"a history {how} keeps {same.sum()} of {one[0].size} items")
+
     def _check_text(self) -> None:
         """The optional text encoder: its vectors must fit the model's states."""
         spec = self.manifest.text
@@ -554,7 +749,7 @@ class _Checks:
                 f"{TEXT_FILE} reads {spec.scheme!r}, this release makes {SCHEME!r}: run"
                 " `streamrec models text` again, or a matching release"
             )
-        if len(self.manifest.outputs) == len(OUTPUTS):
+        if all(spec.name != STATE.name for spec in self.manifest.outputs):
             raise _BrokenError(f"with {TEXT_FILE}, the model needs the output {STATE.name!r}")
         encoder = TextEncoder(spec, self._load(TEXT_FILE))
         _check_tensors(TEXT_FILE, encoder.session, TEXT_INPUTS, TEXT_OUTPUTS)
@@ -602,12 +797,7 @@ class _Checks:
                     f"scores differ from the golden ones by up to {worst:.4g}; the manifest allows"
                     f" {tolerance:g}: the weights or the item order changed after publishing"
                 )
-            # Items may change places only where their scores are closer than the tolerance.
-            moved = found_items != items
-            gaps = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=-np.inf))
-            close = np.minimum(gaps[:, :-1], gaps[:, 1:]) <= 2 * tolerance
-            close[:, -1] = True  # the one after the last is not recorded
-            if (moved & ~close).any():
+            if _misplaced((items, scores), (found_items, found_scores), tolerance):
                 raise _BrokenError("items differ from the golden ones where scores are far apart")
 
     def _run(
@@ -626,6 +816,15 @@ class _Checks:
         if self._session is None:
             raise _BrokenError("not checked, since the model was not loaded")
         return self._session
+
+
+def _misplaced(expected: _Lists, found: _Lists, tolerance: float) -> bool:
+    """Whether items differ otherwise than by changing places where scores are within tolerance."""
+    scores = expected[1]
+    gaps = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=-np.inf))
+    close = np.minimum(gaps[:, :-1], gaps[:, 1:]) <= 2 * tolerance
+    close[:, -1] = True  # the one after the last is not known
+    return bool(((expected[0] != found[0]) & ~close).any())
 
 
 def _check_tensors(

@@ -5,20 +5,25 @@ Keys (docs/design.md): `rec:{<user>}:<surface>`, `hist:{<user>}:<surface>`,
 `pop:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`. User ids are percent-encoded, so that
 none can reach another's key; the braces keep one user's keys in one Redis Cluster slot. No command
 touches more than one key.
+
+Commands are packed once for a whole batch and their replies read in a thread, over one connection
+of redis-py's synchronous client: its pipelines, the asynchronous ones above all, take several times
+as long to build and read (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import quote
 
 import msgspec
-from redis.asyncio import Redis
+from redis import Redis
 from redis.exceptions import RedisError
 
 from worker.errors import CacheError
@@ -35,18 +40,20 @@ _DECODE_RECOMMENDATIONS = msgspec.json.Decoder(Recommendations).decode
 _DECODE_COLD_ITEM = msgspec.json.Decoder(tuple[str, str]).decode
 #: Field of a popularity hash with the offset counted so far; items have the prefix `i:`.
 _OFFSET_FIELD = b"offset"
+#: Ids that need no escape.
+_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
+
+Command = tuple[str | bytes | int | float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class UserKey:
+class UserKey(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One user on one surface."""
 
     user_id: str
     surface: Surface
 
 
-@dataclass(frozen=True, slots=True)
-class PartitionKey:
+class PartitionKey(msgspec.Struct, frozen=True, gc=False):
     """One surface's share of one partition."""
 
     surface: Surface
@@ -55,17 +62,17 @@ class PartitionKey:
 
 
 def _escaped(part: str) -> str:
-    return quote(part, safe="", errors="surrogatepass")
+    return part if _PLAIN(part) else quote(part, safe="", errors="surrogatepass")
 
 
 def recommendation_key(key: UserKey) -> str:
     """Redis key of a user's recommendations."""
-    return f"rec:{{{_escaped(key.user_id)}}}:{key.surface.value}"
+    return f"rec:{{{_escaped(key.user_id)}}}:{key.surface}"
 
 
 def history_key(key: UserKey) -> str:
     """Redis key of a user's history."""
-    return f"hist:{{{_escaped(key.user_id)}}}:{key.surface.value}"
+    return f"hist:{{{_escaped(key.user_id)}}}:{key.surface}"
 
 
 def popularity_key(key: PartitionKey) -> str:
@@ -129,63 +136,70 @@ class Cache:
 
     async def ping(self) -> None:
         """Raise unless Redis answers and takes commands."""
-        await cast(Any, self._redis.ping())
+        await self._run([("PING",)])
 
     async def read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
         """Stored histories, in the order of `keys`; None where there is none."""
-        if not keys:
-            return []
-        pipe = self._redis.pipeline(transaction=False)
-        for key in keys:
-            pipe.get(history_key(key))
-        return cast(list[bytes | None], await pipe.execute())
+        return cast(
+            list[bytes | None], await self._run([("GET", history_key(key)) for key in keys])
+        )
 
     async def write_batch(
         self,
         *,
         histories: Mapping[UserKey, bytes],
-        recommendations: Mapping[UserKey, Recommendations],
+        recommendations: Mapping[UserKey, bytes],
         popularity: Mapping[PartitionKey, PopularityTable],
         cold_items: Mapping[Surface, Mapping[str, str]] | None = None,
     ) -> None:
-        """Write all effects of a batch in one round trip; repeating it changes nothing."""
-        pipe = self._redis.pipeline(transaction=False)
-        for key, data in histories.items():
-            pipe.set(history_key(key), data, ex=self._history_ttl_s)
-        for key, recommendation in recommendations.items():
-            jitter = random.uniform(0.9, 1.1)
-            pipe.set(
+        """Write all effects of a batch in one round trip; repeating it changes nothing.
+
+        Args:
+            recommendations: as `encode` gives them.
+        """
+        commands: list[Command] = [
+            ("SET", history_key(key), data, "EX", self._history_ttl_s)
+            for key, data in histories.items()
+        ]
+        ttl_ms = self._recommendations_ttl_s * 1000
+        commands += [
+            (
+                "SET",
                 recommendation_key(key),
-                _ENCODE(recommendation),
-                px=max(1, int(self._recommendations_ttl_s * 1000 * jitter)),
+                data,
+                "PX",
+                max(1, int(ttl_ms * random.uniform(0.9, 1.1))),
             )
+            for key, data in recommendations.items()
+        ]
         for place, table in popularity.items():
-            name = popularity_key(place)
-            fields: dict[bytes, str] = {
-                _OFFSET_FIELD: f"{table.offset}:{table.record_time_ms}",
-                **{
-                    b"i:" + item.encode("utf-8", "surrogatepass"): repr(table.weights[item])
-                    for item in table.changed
-                },
-            }
-            pipe.hset(name, mapping=cast(Any, fields))
-            if table.removed:
-                pipe.hdel(name, *(b"i:" + item.encode("utf-8") for item in table.removed))
-            pipe.expire(name, self._history_ttl_s)
+            commands += self._popularity_commands(popularity_key(place), table)
         for surface, texts in (cold_items or {}).items():
             # Sorted by when an item was first seen: a reader asks for what is new.
             name, now_s = cold_items_key(surface), time.time()
-            members = {_ENCODE(pair): now_s for pair in texts.items()}
-            pipe.zadd(name, cast(Any, members), nx=True)
-            pipe.zremrangebyscore(name, "-inf", now_s - self._cold_items_ttl_s)
-            pipe.zremrangebyrank(name, 0, -self._cold_items_max - 1)
-            pipe.expire(name, self._cold_items_ttl_s)
-        if len(pipe):
-            await pipe.execute()
+            members = [part for pair in texts.items() for part in (now_s, _ENCODE(pair))]
+            commands += [
+                ("ZADD", name, "NX", *members),
+                ("ZREMRANGEBYSCORE", name, "-inf", now_s - self._cold_items_ttl_s),
+                ("ZREMRANGEBYRANK", name, 0, -self._cold_items_max - 1),
+                ("EXPIRE", name, self._cold_items_ttl_s),
+            ]
+        await self._run(commands)
+
+    def _popularity_commands(self, name: str, table: PopularityTable) -> list[Command]:
+        fields: list[str | bytes] = [_OFFSET_FIELD, f"{table.offset}:{table.record_time_ms}"]
+        for item in table.changed:
+            fields += (_item_field(item), repr(table.weights[item]))
+        commands: list[Command] = [("HSET", name, *fields)]
+        if table.removed:
+            commands.append(("HDEL", name, *map(_item_field, table.removed)))
+        commands.append(("EXPIRE", name, self._history_ttl_s))
+        return commands
 
     async def read_popularity(self, key: PartitionKey, into: PopularityTable) -> None:
         """Fill an empty table with what the partition's last owner counted."""
-        stored = cast(dict[bytes, bytes], await cast(Any, self._redis.hgetall(popularity_key(key))))
+        (flat,) = await self._run([("HGETALL", popularity_key(key))])
+        stored = _pairs(flat)
         into.weights = {
             field[2:].decode("utf-8", "surrogatepass"): float(value)
             for field, value in stored.items()
@@ -199,14 +213,11 @@ class Cache:
     ) -> list[tuple[str, str, float]]:
         """Id, text and Unix time of the cold items that any worker saw first after `since_s`."""
         since_s = max(since_s, time.time() - self._cold_items_ttl_s)
-        found = cast(
-            list[tuple[bytes, float]],
-            await self._redis.zrangebyscore(
-                cold_items_key(surface), since_s, "+inf", withscores=True
-            ),
+        (found,) = await self._run(
+            [("ZRANGEBYSCORE", cold_items_key(surface), since_s, "+inf", "WITHSCORES")]
         )
         read = []
-        for member, seen_s in found:
+        for member, seen_s in _scored(found):
             # Something else's member must not stop the worker.
             with suppress(msgspec.MsgspecError):
                 read.append((*_DECODE_COLD_ITEM(member), seen_s))
@@ -214,9 +225,53 @@ class Cache:
 
     async def read_recommendations(self, key: UserKey) -> Recommendations | None:
         """What is served to this user now."""
-        data = await cast(Any, self._redis.get(recommendation_key(key)))
+        (data,) = await self._run([("GET", recommendation_key(key))])
         return None if data is None else _DECODE_RECOMMENDATIONS(data)
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._redis.aclose()
+        await asyncio.to_thread(self._redis.close)
+
+    async def _run(self, commands: Sequence[Command]) -> list[Any]:
+        """Replies to `commands`, sent together.
+
+        Raises:
+            RedisError: the first that Redis refused, or that it does not answer.
+        """
+        return await asyncio.to_thread(self._exchange, commands) if commands else []
+
+    def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+        pool = self._redis.connection_pool
+        connection: Any = pool.get_connection()
+        try:
+            connection.send_packed_command(connection.pack_commands(commands))
+            return [connection.read_response() for _ in commands]
+        except BaseException:
+            # Replies may be under way still: they must not be taken for those of the next batch.
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+
+
+def encode(recommendations: Recommendations) -> bytes:
+    """The JSON that is cached and published."""
+    return _ENCODE(recommendations)
+
+
+def _item_field(item: str) -> bytes:
+    return b"i:" + item.encode("utf-8", "surrogatepass")
+
+
+def _pairs(reply: Any) -> dict[bytes, bytes]:
+    """A hash: RESP 3 gives a map, RESP 2 its fields and values in turn."""
+    if isinstance(reply, dict):
+        return cast(dict[bytes, bytes], reply)
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _scored(reply: Any) -> list[tuple[bytes, float]]:
+    """Members with scores: RESP 3 gives pairs, RESP 2 both in turn."""
+    if reply and isinstance(reply[0], list):
+        return [(member, float(score)) for member, score in reply]
+    return [(member, float(score)) for member, score in zip(reply[::2], reply[1::2], strict=True)]

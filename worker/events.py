@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -35,6 +35,9 @@ class EventType(StrEnum):
     CLICK = "click"
     HIDE = "hide"
 
+    # Members are keys on the hot path; Enum's own hash is a Python function.
+    __hash__ = str.__hash__
+
 
 #: Deliberate acts, which take back an earlier hide; a mere view or click does not.
 DELIBERATE_TYPES: frozenset[EventType] = frozenset(
@@ -48,6 +51,8 @@ class Surface(StrEnum):
     POSTS = "posts"
     FRIENDS = "friends"
     ADS = "ads"
+
+    __hash__ = str.__hash__  # as in EventType
 
 
 def parse_surface(name: str) -> Surface:
@@ -97,8 +102,7 @@ class UserEvent(msgspec.Struct, frozen=True, gc=False):
     schema_version: int = SCHEMA_VERSION
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One Kafka record as the broker delivered it."""
 
     topic: str
@@ -110,8 +114,55 @@ class Record:
     timestamp_ms: int
 
 
+class Message(Protocol):
+    """A record as aiokafka gives it."""
+
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    #: Record time in epoch milliseconds.
+    timestamp: int
+
+
 @dataclass(frozen=True, slots=True)
-class Event:
+class Records:
+    """Records of one partition in offset order, as columns of one length."""
+
+    topic: str
+    partition: int
+    offsets: Sequence[int]
+    keys: Sequence[bytes | None]
+    values: Sequence[bytes | None]
+    timestamps_ms: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @classmethod
+    def of(cls, topic: str, partition: int, messages: Sequence[Message]) -> Records:
+        """Columns of what a Kafka client read."""
+        return cls(
+            topic,
+            partition,
+            [message.offset for message in messages],
+            [message.key for message in messages],
+            [message.value for message in messages],
+            [message.timestamp for message in messages],
+        )
+
+    def at(self, row: int) -> Record:
+        """One of them."""
+        return Record(
+            self.topic,
+            self.partition,
+            self.offsets[row],
+            self.keys[row],
+            self.values[row],
+            self.timestamps_ms[row],
+        )
+
+
+class Event(msgspec.Struct, gc=False):
     """A valid event with its place in the log."""
 
     user_id: str
@@ -120,8 +171,12 @@ class Event:
     surface: Surface
     timestamp_ms: int
     event_id: str | None
-    record: Record
-    text: str | None = None
+    text: str | None
+    topic: str
+    partition: int
+    offset: int
+    #: Record time in epoch milliseconds.
+    record_time_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +192,7 @@ class Rejected:
 class EventBatch:
     """What a batch of records held: the valid events in order, and the rejected records."""
 
+    records: Records
     events: list[Event] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
@@ -159,20 +215,42 @@ class Decoder:
         self._max_future_ms = max_future_ms
         self._require_user_key = require_user_key
 
-    def decode(self, records: Sequence[Record], *, now_ms: int) -> EventBatch:
+    def decode(self, records: Records, *, now_ms: int) -> EventBatch:
         """Decode `records` in order. Never raises for what a record holds."""
-        batch = EventBatch()
-        events = batch.events
+        batch = EventBatch(records)
+        topic, partition = records.topic, records.partition
+        accept, check = batch.events.append, self._check
         latest_ms = now_ms + self._max_future_ms
-        for record in records:
+        columns = zip(
+            records.offsets, records.keys, records.values, records.timestamps_ms, strict=True
+        )
+        for row, (offset, key, value, record_time_ms) in enumerate(columns):
             try:
-                events.append(self._decode_one(record, latest_ms))
+                raw, timestamp_ms = check(key, value, latest_ms)
             except _ContractError as error:
-                batch.rejected.append(Rejected(record, error.reason, error.detail))
+                batch.rejected.append(Rejected(records.at(row), error.reason, error.detail))
+            else:
+                accept(
+                    Event(
+                        raw.user_id,
+                        raw.item_id,
+                        raw.event_type,
+                        raw.surface,
+                        timestamp_ms,
+                        raw.event_id,
+                        raw.text,
+                        topic,
+                        partition,
+                        offset,
+                        record_time_ms,
+                    )
+                )
         return batch
 
-    def _decode_one(self, record: Record, latest_ms: int) -> Event:
-        value = record.value
+    def _check(
+        self, key: bytes | None, value: bytes | None, latest_ms: int
+    ) -> tuple[UserEvent, int]:
+        """The event in `value` and its time in epoch milliseconds."""
         if not value:
             raise _ContractError(Reason.EMPTY, "the record has no value")
         if len(value) > self._max_bytes:
@@ -200,21 +278,15 @@ class Decoder:
                 Reason.UNSUPPORTED_VERSION,
                 f"schema_version {_shown(raw.schema_version)}; this worker reads {SCHEMA_VERSION}",
             )
-        if self._require_user_key and record.key != raw.user_id.encode("utf-8", "surrogatepass"):
+        if self._require_user_key and key != raw.user_id.encode("utf-8", "surrogatepass"):
             raise _ContractError(
                 Reason.WRONG_KEY,
                 "the record key must be the user_id in UTF-8, since Kafka orders records by key",
             )
-        return Event(
-            user_id=raw.user_id,
-            item_id=raw.item_id,
-            event_type=raw.event_type,
-            surface=raw.surface,
-            timestamp_ms=_timestamp_ms(raw.timestamp, latest_ms),
-            event_id=raw.event_id,
-            record=record,
-            text=raw.text,
-        )
+        timestamp = raw.timestamp
+        if type(timestamp) is int and EARLIEST_TIMESTAMP_MS <= timestamp <= latest_ms:
+            return raw, timestamp
+        return raw, _timestamp_ms(timestamp, latest_ms)
 
 
 def json_schema() -> dict[str, Any]:

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 Read = Callable[[Sequence[UserKey]], Awaitable[list[bytes | None]]]
 
-#: Python objects take several times what MessagePack does. Measured: 200 items of 8 characters
-#: are 3.6 kB stored and 22 kB in memory (docs/design.md).
-MEMORY_PER_STORED_BYTE = 5.8
-MEMORY_PER_HISTORY = 700
+#: What a history takes in memory beside its stored form, which is about as large as its columns:
+#: Python's own objects, and an item id as a string of its own. Measured (docs/design.md).
+MEMORY_PER_HISTORY = 1400
+MEMORY_PER_ITEM = 28
 
 
 class Histories:
@@ -34,18 +34,26 @@ class Histories:
         self._max_bytes = max_bytes
         self._metrics = metrics
         self._cached: OrderedDict[UserKey, History] = OrderedDict()
-        self._bytes: dict[UserKey, float] = {}
-        self._total_bytes = 0.0
+        self._bytes: dict[UserKey, int] = {}
+        self._total_bytes = 0
         #: Histories changed by batches that are not yet written, with how many such batches.
         self._unwritten: dict[UserKey, int] = {}
 
     async def load(self, keys: Iterable[UserKey]) -> dict[UserKey, History]:
         """The histories of `keys`, read in one round trip where they are not cached."""
-        wanted = list(dict.fromkeys(keys))
-        missing = [key for key in wanted if key not in self._cached]
-        stored = await self._read(missing)
+        cached = self._cached
+        wanted = dict.fromkeys(keys)
+        missing = [key for key in wanted if key not in cached]
+        if missing:
+            await self._fetch(missing)
+        self._metrics.history_reads.labels("cache").inc(len(wanted) - len(missing))
+        for key in wanted:
+            cached.move_to_end(key)
+        return {key: cached[key] for key in wanted}
+
+    async def _fetch(self, missing: Sequence[UserKey]) -> None:
         found = damaged = 0
-        for key, data in zip(missing, stored, strict=True):
+        for key, data in zip(missing, await self._read(missing), strict=True):
             if data is None:
                 self._cached[key] = History(self._length)
                 continue
@@ -60,13 +68,9 @@ class Histories:
             found += 1
             self._resize(key, len(data))
         reads = self._metrics.history_reads
-        reads.labels("cache").inc(len(wanted) - len(missing))
         reads.labels("redis").inc(found)
         reads.labels("damaged").inc(damaged)
         reads.labels("nowhere").inc(len(missing) - found - damaged)
-        for key in wanted:
-            self._cached.move_to_end(key)
-        return {key: self._cached[key] for key in wanted}
 
     def changed(self, keys: Iterable[UserKey]) -> dict[UserKey, bytes]:
         """Stored forms of `keys`, which stay cached until `written` is called for them."""
@@ -82,12 +86,13 @@ class Histories:
 
     def written(self, keys: Iterable[UserKey]) -> None:
         """Note that `keys` are in Redis, and drop what is over the bound."""
+        unwritten = self._unwritten
         for key in keys:
-            left = self._unwritten.get(key, 0) - 1
+            left = unwritten.get(key, 0) - 1
             if left > 0:
-                self._unwritten[key] = left
+                unwritten[key] = left
             else:
-                self._unwritten.pop(key, None)
+                unwritten.pop(key, None)
         if self._total_bytes > self._max_bytes:
             self._evict()
         self._metrics.history_cache_bytes.set(self._total_bytes)
@@ -98,17 +103,24 @@ class Histories:
         self._cached.clear()
         self._bytes.clear()
         self._unwritten.clear()
-        self._total_bytes = 0.0
+        self._total_bytes = 0
 
     def _resize(self, key: UserKey, stored_bytes: int) -> None:
-        size = MEMORY_PER_HISTORY + MEMORY_PER_STORED_BYTE * stored_bytes
-        self._total_bytes += size - self._bytes.get(key, 0.0)
+        history = self._cached[key]
+        size = MEMORY_PER_HISTORY + stored_bytes + MEMORY_PER_ITEM * len(history.items)
+        size += len(history.window) + len(history.carry or b"")
+        self._total_bytes += size - self._bytes.get(key, 0)
         self._bytes[key] = size
 
     def _evict(self) -> None:
-        for key in list(self._cached):
-            if self._total_bytes <= self._max_bytes:
-                return
+        victims = []
+        excess = self._total_bytes - self._max_bytes
+        for key in self._cached:
+            if excess <= 0:
+                break
             if key not in self._unwritten:
-                del self._cached[key]
-                self._total_bytes -= self._bytes.pop(key, 0.0)
+                victims.append(key)
+                excess -= self._bytes.get(key, 0)
+        for key in victims:
+            del self._cached[key]
+            self._total_bytes -= self._bytes.pop(key, 0)

@@ -1,30 +1,51 @@
 """What a user recently did on one surface: a bounded, idempotent, time-ordered record. No I/O.
 
-Item ids are kept, never model indexes, since a model swap may renumber items.
+Item ids are kept, never model indexes, since a model swap may renumber items. What is derived for
+one bundle (`Window`) is a cache beside them, made anew whenever it does not fit.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from worker.errors import HistoryFormatError
 from worker.events import DELIBERATE_TYPES, Event, EventType, Surface
 
 Outcome = Literal["applied", "duplicate", "late"]
+#: Topic, partition, last applied offset, its record time in epoch milliseconds.
+Applied = tuple[str, int, int, int]
 
-#: Layout of the stored form; a reader refuses what it does not know.
-FORMAT = 1
+#: Layout of the stored form. Format 1 is still read; a reader refuses what it does not know.
+FORMAT = 2
 #: Followed users that are kept beyond the history, newest first to stay.
 MAX_FOLLOWED = 5_000
+#: Bytes of the hash of one event id.
+ID_BYTES = 8
 
 
 class StoredHistory(msgspec.Struct, array_like=True, gc=False):
     """A history as Redis holds it (MessagePack array, see docs/design.md)."""
+
+    format: int
+    items: tuple[str, ...]
+    #: Little-endian int64 epoch milliseconds, one per item.
+    timestamps: bytes
+    hidden: tuple[str, ...]
+    #: Hashes of event ids, `ID_BYTES` each, oldest first.
+    event_ids: bytes
+    applied: tuple[Applied, ...]
+    followed: list[str] = []
+
+
+class StoredHistory1(msgspec.Struct, array_like=True, gc=False):
+    """Format 1: numbers one by one."""
 
     format: int
     items: list[str]
@@ -33,15 +54,36 @@ class StoredHistory(msgspec.Struct, array_like=True, gc=False):
     event_ids: list[int]
     #: topic -> partition -> [last applied offset, its record time in ms].
     applied: dict[str, dict[int, tuple[int, int]]]
-    #: Last, and empty where a release before it wrote: those read and write the rest.
     followed: list[str] = []
+
+    def upgraded(self) -> StoredHistory:
+        """The same in today's format."""
+        return StoredHistory(
+            FORMAT,
+            tuple(self.items),
+            array("q", self.timestamps).tobytes(),
+            tuple(self.hidden),
+            b"".join(number.to_bytes(ID_BYTES, "big") for number in self.event_ids),
+            tuple(
+                (topic, partition, *last)
+                for topic, partitions in self.applied.items()
+                for partition, last in partitions.items()
+            ),
+            self.followed,
+        )
+
+
+class _Head(msgspec.Struct, array_like=True):
+    format: int
 
 
 _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODE = msgspec.msgpack.Decoder(StoredHistory).decode
+_DECODE_1 = msgspec.msgpack.Decoder(StoredHistory1).decode
+_DECODE_HEAD = msgspec.msgpack.Decoder(_Head).decode
 
 
-class History:
+class History(msgspec.Struct, gc=False, eq=False):
     """The last `length` items of one user on one surface, oldest first.
 
     An event is applied once:
@@ -49,47 +91,82 @@ class History:
     - a redelivered record is known by its offset: a partition's offsets only grow, so one at or
       below the last applied is a repeat. (A topic made anew starts again at 0 with later record
       times; those are not taken for repeats.)
-    - a producer's own repeat, at another offset, is known by `event_id`, among the last
-      `4 * length` ids.
+    - a producer's own repeat, at another offset, is known by `event_id`, among the last `length`
+      ids.
+
+    Tuples and bytes throughout: Python's garbage collector does not look at those, and a worker
+    holds so many histories that its full collections would stop it for a tenth of a second.
     """
 
-    __slots__ = ("applied", "event_ids", "followed", "hidden", "items", "length", "timestamps")
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.items: list[str] = []
-        self.timestamps: list[int] = []
-        #: Items that the user asked not to see, oldest first, at most `length`.
-        self.hidden: list[str] = []
-        self.event_ids: list[int] = []
-        #: On the surface friends, whom the user follows: a dict for its order, oldest first. They
-        #: outlast `items`, since nobody wants those recommended whom they follow.
-        self.followed: dict[str, None] = {}
-        self.applied: dict[str, dict[int, tuple[int, int]]] = {}
+    length: int
+    items: tuple[str, ...] = ()
+    timestamps: array[int] = msgspec.field(default_factory=lambda: array("q"))
+    #: Items that the user asked not to see, oldest first, at most `length`.
+    hidden: tuple[str, ...] = ()
+    #: Hashes of event ids, `ID_BYTES` each, oldest first.
+    event_ids: bytes = b""
+    #: On the surface friends, whom the user follows: a dict for its order, oldest first. They
+    #: outlast `items`, since nobody wants those recommended whom they follow.
+    followed: dict[str, None] = {}
+    applied: tuple[Applied, ...] = ()
+    #: Items put at the end since `window` was made; None where anything else changed.
+    appended: int | None = None
+    #: Model indexes of the last `length` items, int32, 0 where the model does not know one or
+    #: the history is shorter; valid for the model `window_of`.
+    window: bytes = b""
+    window_of: str = ""
+    #: State of a recurrent model after `window`, float32; None where it must be made anew.
+    carry: bytes | None = None
 
     def apply(self, event: Event) -> Outcome:
         """Take `event` in. `late` is older than all of a full history and changes nothing."""
-        record = event.record
-        partitions = self.applied.setdefault(record.topic, {})
-        last = partitions.get(record.partition)
-        if last is not None and record.offset <= last[0] and record.timestamp_ms <= last[1]:
+        if not self._advance(event):
             return "duplicate"
-        newest_ms = record.timestamp_ms if last is None else max(last[1], record.timestamp_ms)
-        partitions[record.partition] = (record.offset, newest_ms)
-        if event.event_id is not None:
-            identity = event_hash(event.event_id)
-            if identity in self.event_ids:
-                return "duplicate"
-            self.event_ids.append(identity)
-            del self.event_ids[: -4 * self.length]
+        if event.event_id is not None and not self._note_id(event.event_id):
+            return "duplicate"
+        item = event.item_id
         if event.event_type is EventType.HIDE:
-            self._hide(event.item_id)
+            self._hide(item)
             return "applied"
-        if event.event_type in DELIBERATE_TYPES and event.item_id in self.hidden:
-            self.hidden.remove(event.item_id)
-        if event.event_type is EventType.FOLLOW and event.surface is Surface.FRIENDS:
-            self._follow(event.item_id)
-        return self._insert(event.item_id, event.timestamp_ms)
+        if self.hidden and event.event_type in DELIBERATE_TYPES:
+            self.hidden = _without(self.hidden, item)
+        if event.surface is Surface.FRIENDS and event.event_type is EventType.FOLLOW:
+            self._follow(item)
+        return self._insert(item, event.timestamp_ms)
+
+    def last_applied(self, topic: str, partition: int) -> tuple[int, int] | None:
+        """Offset and record time (ms) of the last record of a partition; None where none was."""
+        for one in self.applied:
+            if one[1] == partition and one[0] == topic:
+                return one[2:]
+        return None
+
+    def _advance(self, event: Event) -> bool:
+        """Note the event's record; False where it was taken before."""
+        topic, partition, newest_ms = event.topic, event.partition, event.record_time_ms
+        last = self.last_applied(topic, partition)
+        if last is not None:
+            if event.offset <= last[0] and newest_ms <= last[1]:
+                return False
+            newest_ms = max(newest_ms, last[1])
+        reached = (topic, partition, event.offset, newest_ms)
+        if len(self.applied) <= 1 and (last is not None or not self.applied):
+            self.applied = (reached,)
+        else:
+            others = (one for one in self.applied if one[:2] != (topic, partition))
+            self.applied = (*others, reached)
+        return True
+
+    def _note_id(self, event_id: str) -> bool:
+        """Remember an id; False where it is known."""
+        ids, digest = self.event_ids, event_hash(event_id)
+        at = ids.find(digest)
+        while at >= 0:
+            if at % ID_BYTES == 0:
+                return False
+            at = ids.find(digest, at + 1)
+        self.event_ids = (ids + digest)[-ID_BYTES * self.length :]
+        return True
 
     def _follow(self, item: str) -> None:
         self.followed.pop(item, None)
@@ -100,38 +177,60 @@ class History:
     def _hide(self, item: str) -> None:
         self.followed.pop(item, None)
         if item in self.items:
-            kept = [
-                (known, at)
-                for known, at in zip(self.items, self.timestamps, strict=True)
-                if known != item
-            ]
-            self.items = [known for known, _ in kept]
-            self.timestamps = [at for _, at in kept]
-        if item in self.hidden:
-            self.hidden.remove(item)
-        self.hidden.append(item)
-        del self.hidden[: -self.length]
+            kept = [at for at, known in enumerate(self.items) if known != item]
+            self.items = tuple(self.items[at] for at in kept)
+            self.timestamps = array("q", [self.timestamps[at] for at in kept])
+            self.appended = None
+        self.hidden = (*_without(self.hidden, item), item)[-self.length :]
 
     def _insert(self, item: str, timestamp_ms: int) -> Outcome:
         items, timestamps = self.items, self.timestamps
+        count = len(items)
         # Events mostly come in order, so the place is nearly always the end.
         place = (
-            len(items)
-            if not timestamps or timestamps[-1] <= timestamp_ms
+            count
+            if not count or timestamps[-1] <= timestamp_ms
             else bisect_right(timestamps, timestamp_ms)
         )
         if place > 0 and items[place - 1] == item:
             # View, then like, of one post is one interest, not two.
             timestamps[place - 1] = timestamp_ms
             return "applied"
-        if place == 0 and len(items) >= self.length:
+        if place == 0 and count >= self.length:
             return "late"
-        items.insert(place, item)
+        if place < count:
+            self.appended = None
+        elif self.appended is not None:
+            self.appended += 1
+        first = 1 if count >= self.length else 0
+        self.items = (*items[first:place], item, *items[place:])
         timestamps.insert(place, timestamp_ms)
-        if len(items) > self.length:
-            del items[0]
+        if first:
             del timestamps[0]
         return "applied"
+
+    def refresh_window(self, index: Mapping[str, int], version: str) -> list[int] | None:
+        """Bring `window` up to date for the model `version`, whose items `index` numbers from 1.
+
+        Returns:
+            Model indexes of the items that came since the last time, without those that the model
+            does not know; None where the window was made anew, so that `carry` no longer fits.
+        """
+        fresh = self.appended
+        self.appended = 0
+        if self.window_of != version or fresh is None or fresh >= self.length:
+            self.carry = None
+            self.window_of = version
+            known = np.zeros(self.length, dtype=np.int32)
+            if self.items:
+                known[-len(self.items) :] = [index.get(item, 0) for item in self.items]
+            self.window = known.tobytes()
+            return None
+        if fresh == 0:
+            return []
+        new = [index.get(item, 0) for item in self.items[-fresh:]]
+        self.window = self.window[4 * fresh :] + array("i", new).tobytes()
+        return [at for at in new if at]
 
     def to_bytes(self) -> bytes:
         """The stored form."""
@@ -139,7 +238,7 @@ class History:
             StoredHistory(
                 FORMAT,
                 self.items,
-                self.timestamps,
+                self.timestamps.tobytes(),
                 self.hidden,
                 self.event_ids,
                 self.applied,
@@ -155,34 +254,44 @@ class History:
             ValueError: the data is damaged.
             HistoryFormatError: it was written by another release, and must not be overwritten.
         """
-        try:
-            stored = _DECODE(data)
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"not a stored history: {error}") from error
-        if stored.format != FORMAT:
-            raise HistoryFormatError(
-                f"stored history of format {stored.format}; this worker reads {FORMAT}: run the"
-                " release that wrote it"
-            )
-        if len(stored.items) != len(stored.timestamps):
+        stored = _read(data)
+        timestamps = array("q")
+        if len(stored.timestamps) != len(stored.items) * timestamps.itemsize:
             raise ValueError("stored history whose items and timestamps differ in number")
+        if len(stored.event_ids) % ID_BYTES:
+            raise ValueError("stored history whose event ids are cut")
+        timestamps.frombytes(stored.timestamps)
         history = cls(length)
         history.items = stored.items[-length:]
-        history.timestamps = stored.timestamps[-length:]
+        history.timestamps = timestamps[-length:]
         history.hidden = stored.hidden[-length:]
-        history.event_ids = stored.event_ids[-4 * length :]
+        history.event_ids = stored.event_ids[-ID_BYTES * length :]
         history.applied = stored.applied
         history.followed = dict.fromkeys(stored.followed)
         return history
 
 
-def event_hash(event_id: str) -> int:
+def _read(data: bytes) -> StoredHistory:
+    try:
+        version = _DECODE_HEAD(data).format
+        if version == FORMAT:
+            return _DECODE(data)
+        if version == 1:
+            return _DECODE_1(data).upgraded()
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise ValueError(f"not a stored history: {error}") from error
+    raise HistoryFormatError(
+        f"stored history of format {version}; this worker reads 1 and {FORMAT}: run the release"
+        " that wrote it"
+    )
+
+
+def _without(items: tuple[str, ...], item: str) -> tuple[str, ...]:
+    return tuple(one for one in items if one != item) if item in items else items
+
+
+def event_hash(event_id: str) -> bytes:
     """A 63-bit hash of an event id: a history keeps it instead of ids of any length."""
-    digest = hashlib.blake2b(event_id.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def known_indexes(items: Sequence[str], index: dict[str, int], length: int) -> list[int]:
-    """Model indexes of the last `length` of `items` that the model knows, oldest first."""
-    known = [index[item] for item in items if item in index]
-    return known[-length:]
+    digest = hashlib.blake2b(event_id.encode("utf-8"), digest_size=ID_BYTES).digest()
+    # Shifted as in format 1, whose ids are thus still known.
+    return (int.from_bytes(digest, "big") >> 1).to_bytes(ID_BYTES, "big")

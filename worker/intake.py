@@ -33,8 +33,9 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT, ChannelT
 
 from worker.commits import OffsetTracker, Span
-from worker.events import Record
+from worker.events import Records
 from worker.metrics import Metrics
+from worker.outbox import BatchProducer
 
 
 @dataclass(slots=True, eq=False)
@@ -42,13 +43,16 @@ class RecordBatch:
     """Records of one partition, in offset order."""
 
     partition: TP
-    records: Sequence[Record]
+    records: Records
     #: `time.monotonic()` when the records left the fetcher.
     read_at: float
     _span: Span
     _consumer: BatchConsumer = field(repr=False)
     _started: bool = False
     _abandoned: bool = False
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def start(self) -> bool:
         """Whether the batch is still ours to work on."""
@@ -129,8 +133,8 @@ class BatchConsumer(driver.Consumer):
                 continue
 
     async def _hand_over(self, tp: TP, raw: Sequence[Any], read_at: float) -> None:
-        records = [Record(r.topic, r.partition, r.offset, r.key, r.value, r.timestamp) for r in raw]
-        first, next_ = records[0].offset, records[-1].offset + 1
+        records = Records.of(tp.topic, tp.partition, raw)
+        first, next_ = records.offsets[0], records.offsets[-1] + 1
         self.end_offsets[tp] = max(self.highwater(tp) or 0, next_)
         if not self.tracker.unfinished():
             # Idle until now: a stall is measured from here.
@@ -234,6 +238,7 @@ class BatchTransport(driver.Transport):
     """
 
     Consumer: ClassVar[Any] = BatchConsumer
+    Producer: ClassVar[Any] = BatchProducer
 
     def __init__(
         self,

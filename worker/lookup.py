@@ -149,7 +149,7 @@ def _bundle_of(model_version: str, registry: Path) -> Bundle:
 def _reflects(served: Recommendations, history: History) -> bool:
     """Whether the list was made from this very history: both name the same newest event."""
     origin = served.origin
-    applied = history.applied.get(origin.topic, {}).get(origin.partition)
+    applied = history.last_applied(origin.topic, origin.partition)
     return applied is not None and applied[0] == origin.offset
 
 

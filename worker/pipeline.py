@@ -13,19 +13,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-import numpy as np
 from aiokafka.errors import KafkaError
 from faust.exceptions import ProducerSendError
-from numpy.typing import NDArray
 
 from worker.bundle import Bundle
-from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey
+from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey, encode
 from worker.cold_items import ColdIndex, ColdItems
-from worker.events import Decoder, Event, EventBatch, Reason, Record, Rejected, Surface
+from worker.events import Decoder, Event, EventBatch, Reason, Rejected, Surface
 from worker.histories import Histories
 from worker.history import History
 from worker.intake import RecordBatch
@@ -33,10 +31,10 @@ from worker.metrics import Metrics
 from worker.models import Models
 from worker.outbox import Outbox, Outgoing, dead_letter_record, recommendation_record
 from worker.popularity import PopularityTable, most_popular
-from worker.ranking import Filter, Origin, Recommendations, not_shown
+from worker.ranking import Origin, Recommendations
+from worker.recommender import Ranked, Recommender
 from worker.retry import until_it_works
 from worker.rules import Rules
-from worker.scorer import Candidates, model_inputs, score
 from worker.settings import Settings
 from worker.text import MAX_TEXT_CHARS
 
@@ -44,14 +42,21 @@ log = logging.getLogger(__name__)
 
 #: What a lost or failing Kafka raises from a producer.
 KAFKA_FAILURES = (KafkaError, ProducerSendError, OSError, TimeoutError)
-#: Items and scores of one list, best first.
-Ranked = tuple[list[str], list[float]]
 
 FALLBACK_VERSION = "popularity"
 #: Candidates of the fallback are found anew after this many seconds at most.
 POPULAR_REFRESH_S = 1.0
 #: Cold items of other workers are asked for again this far back: their clocks may be behind.
 CLOCK_SKEW_S = 60.0
+
+
+@dataclass(slots=True)
+class Touched:
+    """What a micro-batch did to one user on one surface."""
+
+    history: History
+    #: The newest event that was applied.
+    event: Event
 
 
 @dataclass(slots=True)
@@ -90,7 +95,9 @@ class Pipeline:
             max_future_ms=int(settings.event_max_future_s * 1000),
             require_user_key=settings.require_user_key,
         )
-        self._filters = {surface: Filter(rules, surface) for surface in Surface}
+        self._recommenders = {
+            surface: Recommender(surface, rules, top_k=settings.top_k) for surface in Surface
+        }
         self._histories = Histories(
             self._read_histories,
             length=settings.history_length,
@@ -105,14 +112,15 @@ class Pipeline:
             )
             for surface in Surface
         }
-        self._incoming: asyncio.Queue[RecordBatch] = asyncio.Queue(maxsize=1)
+        # Bounded by the intake, which reads no more while too many events are in flight.
+        self._incoming: asyncio.Queue[RecordBatch] = asyncio.Queue()
         self._computed: asyncio.Queue[Effects] = asyncio.Queue(maxsize=1)
         self._generation = 0
 
     # -- the two stages
 
     async def put(self, batch: RecordBatch) -> None:
-        """Hand in a record batch; waits while the pipeline is busy."""
+        """Hand in a record batch."""
         await self._incoming.put(batch)
 
     async def run(self) -> None:
@@ -139,7 +147,7 @@ class Pipeline:
             await self._computed.put(await self.compute(started))
 
     async def _collect(self) -> list[RecordBatch]:
-        """Record batches for one micro-batch: by count, and by time since the first."""
+        """Record batches for one micro-batch: all that wait, within its bounds."""
         first = await self._incoming.get()
         collected, events = [first], len(first.records)
         deadline = time.monotonic() + self._settings.batch_max_wait_ms / 1000.0
@@ -167,8 +175,7 @@ class Pipeline:
             self._metrics.busy_seconds.set(now - first_read_at)
             for batch in effects.batches:
                 batch.finish()
-                for _ in batch.records:
-                    self._metrics.event_seconds.observe(now - batch.read_at)
+                self._metrics.event_seconds.observe(now - batch.read_at, len(batch.records))
 
     async def _share_cold_items(self) -> None:
         """Take in the cold items that other workers saw, and those from before a restart."""
@@ -196,14 +203,13 @@ class Pipeline:
         generation = self._generation
         effects = Effects(batches)
         with self._stage("decode"):
-            records = [record for batch in batches for record in batch.records]
-            decoded = self._decoder.decode(records, now_ms=int(time.time() * 1000))
-        effects.rejected = decoded.rejected
-        self._metrics.batch_events.observe(len(records))
+            now_ms = int(time.time() * 1000)
+            decoded = [self._decoder.decode(batch.records, now_ms=now_ms) for batch in batches]
+        self._metrics.batch_events.observe(sum(len(batch.records) for batch in batches))
         with self._stage("history"):
-            touched, newest = await self._apply(decoded, effects)
-        for surface, keys in _by_surface(touched).items():
-            effects.recommendations.update(await self._recommend(surface, keys, touched, newest))
+            touched = await self._apply(decoded, effects)
+        for surface, users in _by_surface(touched).items():
+            await self._recommend(surface, users, effects)
         with self._stage("history"):
             if generation == self._generation:
                 effects.histories = self._histories.changed(touched)
@@ -216,46 +222,43 @@ class Pipeline:
         return effects
 
     async def _apply(
-        self, decoded: EventBatch, effects: Effects
-    ) -> tuple[dict[UserKey, History], dict[UserKey, Record]]:
-        """Apply events to histories and popularity; returns what changed, and by which record."""
-        keys = [UserKey(event.user_id, event.surface) for event in decoded.events]
-        histories = await self._histories.load(keys)
-        touched: dict[UserKey, History] = {}
-        newest: dict[UserKey, Record] = {}
-        outcomes: Counter[tuple[str, str, str]] = Counter()
-        for event, key in zip(decoded.events, keys, strict=True):
-            history = histories[key]
-            try:
-                outcome: str = history.apply(event)
-                table = await self._table(event)
-            except Exception as error:
-                # One event must never stop the stream.
-                log.exception("event_failed surface=%s", event.surface.value)
-                outcome = "failed"
-                effects.rejected.append(
-                    Rejected(event.record, Reason.PROCESSING_FAILED, repr(error))
-                )
-            else:
-                table.add(
-                    event.item_id,
-                    event.event_type,
-                    event.timestamp_ms,
-                    offset=event.record.offset,
-                    record_time_ms=event.record.timestamp_ms,
-                )
-                # A repeat is written again too: its first effects may never have arrived.
-                touched[key] = history
-                newest[key] = event.record
-                if event.text:
-                    self._note_text(event, event.text, effects)
-            outcomes[event.surface.value, event.event_type.value, outcome] += 1
+        self, decoded: Sequence[EventBatch], effects: Effects
+    ) -> dict[UserKey, Touched]:
+        """Apply events to histories and popularity; returns what they touched."""
+        keys = [
+            [UserKey(event.user_id, event.surface) for event in batch.events] for batch in decoded
+        ]
+        histories = await self._histories.load(key for own in keys for key in own)
+        touched: dict[UserKey, Touched] = {}
+        outcomes: Counter[tuple[Surface, str, str]] = Counter()
+        for batch, own in zip(decoded, keys, strict=True):
+            effects.rejected += batch.rejected
+            counted: dict[Surface, list[Event]] = {}
+            for event, key in zip(batch.events, own, strict=True):
+                history = histories[key]
+                try:
+                    outcome: str = history.apply(event)
+                except Exception as error:
+                    # One event must never stop the stream.
+                    log.exception("event_failed surface=%s", event.surface.value)
+                    outcome = "failed"
+                    effects.rejected.append(_failed(batch, event, error))
+                else:
+                    # A repeat is written again too: its first effects may never have arrived.
+                    touched[key] = Touched(history, event)
+                    counted.setdefault(event.surface, []).append(event)
+                    if event.text:
+                        self._note_text(event, event.text, effects)
+                outcomes[event.surface, event.event_type, outcome] += 1
+            for surface, events in counted.items():
+                place = PartitionKey(surface, batch.records.topic, batch.records.partition)
+                (await self._table(place)).add(events)
         for labels, count in outcomes.items():
             self._metrics.events.labels(*labels).inc(count)
-        for place, counted in self._popularity.items():
-            if counted.changed or counted.removed:
-                effects.popularity[place] = counted.copy_changes()
-        return touched, newest
+        for place, table in self._popularity.items():
+            if table.changed or table.removed:
+                effects.popularity[place] = table.copy_changes()
+        return touched
 
     def _note_text(self, event: Event, text: str, effects: Effects) -> None:
         """Keep the text of an item that the serving model does not know."""
@@ -284,15 +287,13 @@ class Pipeline:
         )
         return cold.index
 
-    async def _table(self, event: Event) -> PopularityTable:
-        place = PartitionKey(event.surface, event.record.topic, event.record.partition)
+    async def _table(self, place: PartitionKey) -> PopularityTable:
         table = self._popularity.get(place)
         if table is None:
-            table = PopularityTable(
+            fresh = table = PopularityTable(
                 half_life_ms=int(self._settings.popularity_half_life_s * 1000),
                 max_items=self._settings.popularity_max_items,
             )
-            fresh = table
             await until_it_works(
                 lambda: self._cache.read_popularity(place, fresh),
                 name="read_popularity",
@@ -303,30 +304,31 @@ class Pipeline:
         return table
 
     async def _recommend(
-        self,
-        surface: Surface,
-        keys: Sequence[UserKey],
-        touched: dict[UserKey, History],
-        newest: dict[UserKey, Record],
-    ) -> dict[UserKey, Recommendations]:
-        """Lists for `keys`, all of one surface: by the model where it can, else by popularity."""
-        histories = [touched[key] for key in keys]
+        self, surface: Surface, users: dict[UserKey, Touched], effects: Effects
+    ) -> None:
+        """Lists for `users`, all of one surface: by the model where it can, else by popularity."""
+        recommender = self._recommenders[surface]
+        names = [key.user_id for key in users]
+        histories = [one.history for one in users.values()]
         # Taken once: a swap in the middle must not mix two versions' item indexes.
         bundle = self._models.serving(surface)
         ranked: dict[int, Ranked] = {}
         version = FALLBACK_VERSION
         if bundle is not None:
             version = f"{bundle.manifest.name}@{bundle.manifest.version}"
-            ranked = await self._rank_by_model(surface, bundle, keys, histories)
-        popular = self._most_popular(surface) if len(ranked) < len(keys) else []
+            ranked = await self._rank(recommender, surface, bundle, names, histories)
+        popular = self._most_popular(surface) if len(ranked) < len(names) else []
         now_ms = int(time.time() * 1000)
-        lists: dict[UserKey, Recommendations] = {}
         with self._stage("filter"):
-            for at, key in enumerate(keys):
+            for at, (key, one) in enumerate(users.items()):
                 by_model = at in ranked
-                items, scores = ranked[at] if by_model else self._top(key, popular, histories[at])
-                record = newest[key]
-                lists[key] = Recommendations(
+                items, scores = (
+                    ranked[at]
+                    if by_model
+                    else recommender.popular(key.user_id, one.history, popular)
+                )
+                event = one.event
+                effects.recommendations[key] = Recommendations(
                     user_id=key.user_id,
                     surface=surface,
                     items=items,
@@ -334,70 +336,35 @@ class Pipeline:
                     model_version=version if by_model else FALLBACK_VERSION,
                     source="model" if by_model else "fallback",
                     generated_at_ms=now_ms,
-                    origin=Origin(record.topic, record.partition, record.offset),
+                    origin=Origin(event.topic, event.partition, event.offset),
                 )
-        return lists
 
-    async def _rank_by_model(
+    async def _rank(
         self,
+        recommender: Recommender,
         surface: Surface,
         bundle: Bundle,
-        keys: Sequence[UserKey],
+        users: Sequence[str],
         histories: Sequence[History],
     ) -> dict[int, Ranked]:
-        """Ranked lists by position in `histories` (those of `keys`), where the model can score."""
-        tensor, positions = model_inputs(histories, bundle)
-        ranked: dict[int, Ranked] = {}
-        # Enough candidates that, without rules, what any user has seen leaves `top_k` over; on
-        # friends one's own self is seen too.
-        longest = max((len(histories[at].items) for at in positions), default=0)
-        count = self._settings.top_k + longest + (surface is Surface.FRIENDS)
-        rows = list(range(len(positions)))
-        cold = await self._cold_index(surface, bundle) if rows else None
-        while rows:
-            with self._stage("score"):
-                candidates = await self._score(bundle, tensor[rows], count, cold)
-            if candidates is None:
-                break
-            short = []
-            with self._stage("filter"):
-                for row_of_candidates, row in enumerate(rows):
-                    at = positions[row]
-                    items, scores = self._top(
-                        keys[at], candidates.of(row_of_candidates), histories[at]
-                    )
-                    ranked[at] = items, scores
-                    if len(items) < self._settings.top_k:
-                        short.append(row)
-            if candidates.complete:
-                break
-            # Rules left these users too little: look through the whole catalogue.
-            rows, count = short, bundle.manifest.item_count
-        if cold is not None:
-            self._metrics.cold_recommended.labels(surface.value).inc(
-                sum(item not in bundle.index for items, _ in ranked.values() for item in items)
-            )
-        return ranked
-
-    async def _score(
-        self, bundle: Bundle, tensor: NDArray[np.int64], count: int, cold: ColdIndex | None
-    ) -> Candidates | None:
-        """Candidates for int64 `[batch, length]`; None where the model failed."""
+        """Lists by place in `users`, for those that the model can score; none where it failed."""
+        cold = await self._cold_index(surface, bundle)
         try:
-            return await asyncio.to_thread(score, bundle, tensor, count, cold)
+            lists = await asyncio.to_thread(recommender.rank, bundle, users, histories, cold)
         except Exception:
             log.exception("inference_failed version=%s", bundle.manifest.version)
-            self._metrics.inference_errors.labels(bundle.manifest.surface).inc()
-            return None
-
-    def _top(
-        self, key: UserKey, candidates: Iterable[tuple[str, float]], history: History
-    ) -> Ranked:
-        return self._filters[key.surface].top(
-            candidates,
-            exclude=not_shown(key.user_id, key.surface, history),
-            count=self._settings.top_k,
-        )
+            self._metrics.inference_errors.labels(surface.value).inc()
+            return {}
+        stage_seconds = self._metrics.stage_seconds
+        stage_seconds.labels("score").observe(lists.score_s)
+        stage_seconds.labels("filter").observe(lists.filter_s)
+        if cold is not None:
+            self._metrics.cold_recommended.labels(surface.value).inc(
+                sum(
+                    item not in bundle.index for items, _ in lists.ranked.values() for item in items
+                )
+            )
+        return lists.ranked
 
     def _most_popular(self, surface: Surface) -> list[tuple[str, float]]:
         """Candidates of the fallback: enough to fill a list after the longest history."""
@@ -417,12 +384,13 @@ class Pipeline:
 
     async def write(self, effects: Effects) -> None:
         """Make `effects` durable, however long that takes; repeating it changes nothing."""
-        metrics = self._metrics
+        metrics, settings = self._metrics, self._settings
         with self._stage("write"):
+            lists = {key: encode(made) for key, made in effects.recommendations.items()}
             await until_it_works(
                 lambda: self._cache.write_batch(
                     histories=effects.histories,
-                    recommendations=effects.recommendations,
+                    recommendations=lists,
                     popularity=effects.popularity,
                     cold_items=effects.cold_items,
                 ),
@@ -431,12 +399,17 @@ class Pipeline:
                 on_failure=metrics.redis_errors.labels("write_batch").inc,
             )
             outgoing: list[Outgoing] = [
-                dead_letter_record(self._settings.dead_letter_topic, rejected)
+                dead_letter_record(settings.dead_letter_topic, rejected)
                 for rejected in effects.rejected
             ]
             outgoing += [
-                recommendation_record(self._settings.recommendations_topic, recommendations)
-                for recommendations in effects.recommendations.values()
+                recommendation_record(
+                    settings.recommendations_topic,
+                    key.user_id,
+                    value,
+                    effects.recommendations[key].model_version,
+                )
+                for key, value in lists.items()
             ]
             await until_it_works(
                 lambda: self._outbox.send(outgoing),
@@ -454,11 +427,14 @@ class Pipeline:
                 rejected.record.partition,
                 rejected.record.offset,
             )
-        for key, made in effects.recommendations.items():
-            surface = key.surface.value
-            metrics.recommendations.labels(surface, made.source, made.model_version).inc()
-            if len(made.items) < self._settings.top_k:
-                metrics.short_recommendations.labels(surface).inc()
+        made = Counter(
+            (one.surface, one.source, one.model_version, len(one.items) < settings.top_k)
+            for one in effects.recommendations.values()
+        )
+        for (surface, source, version, short), count in made.items():
+            metrics.recommendations.labels(surface.value, source, version).inc(count)
+            if short:
+                metrics.short_recommendations.labels(surface.value).inc(count)
 
     async def _read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
         return await until_it_works(
@@ -472,8 +448,13 @@ class Pipeline:
         return self._metrics.stage_seconds.labels(name).time()
 
 
-def _by_surface(keys: Iterable[UserKey]) -> dict[Surface, list[UserKey]]:
-    grouped: dict[Surface, list[UserKey]] = {}
-    for key in keys:
-        grouped.setdefault(key.surface, []).append(key)
+def _by_surface(touched: dict[UserKey, Touched]) -> dict[Surface, dict[UserKey, Touched]]:
+    grouped: dict[Surface, dict[UserKey, Touched]] = {}
+    for key, one in touched.items():
+        grouped.setdefault(key.surface, {})[key] = one
     return grouped
+
+
+def _failed(batch: EventBatch, event: Event, error: Exception) -> Rejected:
+    row = batch.records.offsets.index(event.offset)
+    return Rejected(batch.records.at(row), Reason.PROCESSING_FAILED, repr(error))

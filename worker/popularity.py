@@ -9,10 +9,10 @@ offset up to which it has counted: a redelivered event is not counted twice.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import log2
 
-from worker.events import EventType
+from worker.events import Event, EventType
 
 #: How much an act says, beside a view. Hide takes nothing back: it is one user's wish.
 EVENT_WEIGHTS: Mapping[EventType, float] = {
@@ -24,6 +24,10 @@ EVENT_WEIGHTS: Mapping[EventType, float] = {
     EventType.FOLLOW: 4.0,
     EventType.HIDE: 0.0,
 }
+
+
+#: Half-lives from a batch's first event within which weights are summed as they are.
+MAX_AGE = 500.0
 
 
 class PopularityTable:
@@ -40,23 +44,40 @@ class PopularityTable:
         self.changed: set[str] = set()
         self.removed: set[str] = set()
 
-    def add(
-        self, item: str, event_type: EventType, at_ms: int, *, offset: int, record_time_ms: int
-    ) -> None:
-        """Count one event, unless this offset was counted before."""
-        if offset <= self.offset and record_time_ms <= self.record_time_ms:
+    def add(self, events: Sequence[Event]) -> None:
+        """Count events of one partition in offset order, but for those counted before."""
+        counted = [
+            event
+            for event in events
+            if event.offset > self.offset or event.record_time_ms > self.record_time_ms
+        ]
+        if not counted:
             return
-        self.offset = offset
-        self.record_time_ms = max(self.record_time_ms, record_time_ms)
-        weight = EVENT_WEIGHTS[event_type]
-        if weight <= 0.0:
-            return
-        amount = log2(weight) + at_ms / self._half_life_ms
+        self.offset = counted[-1].offset
+        self.record_time_ms = max(self.record_time_ms, *(one.record_time_ms for one in counted))
+        # Sums of a batch are taken as weights at its first event; one logarithm an item suffices.
+        half_life_ms, start_ms = self._half_life_ms, counted[0].timestamp_ms
+        sums: dict[str, float] = {}
+        for event in counted:
+            weight = EVENT_WEIGHTS[event.event_type]
+            if weight <= 0.0:
+                continue
+            age = (event.timestamp_ms - start_ms) / half_life_ms
+            if abs(age) > MAX_AGE:
+                self._add(event.item_id, log2(weight) + event.timestamp_ms / half_life_ms)
+                continue
+            item = event.item_id
+            sums[item] = sums.get(item, 0.0) + weight * 2.0**age
+        start = start_ms / half_life_ms
+        for item, total in sums.items():
+            self._add(item, log2(total) + start)
+        if len(self.weights) > 2 * self._max_items:
+            self._prune()
+
+    def _add(self, item: str, amount: float) -> None:
         self.weights[item] = log2_add(self.weights.get(item), amount)
         self.changed.add(item)
         self.removed.discard(item)
-        if len(self.weights) > 2 * self._max_items:
-            self._prune()
 
     def _prune(self) -> None:
         kept = heapq.nlargest(self._max_items, self.weights.items(), key=lambda pair: pair[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import signal
 import threading
@@ -32,6 +33,9 @@ def run_worker(settings: Settings) -> int:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     app = create_app(settings)
+    # What is there now stays: full collections need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     server = HealthServer(app.health, app.metrics.registry, settings.http_host, settings.http_port)
     server.start()
     stopping = threading.Event()

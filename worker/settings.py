@@ -122,9 +122,16 @@ class Settings(BaseSettings):
     )
 
     # Batching
-    batch_max_events: int = Field(512, ge=1, description="Largest micro-batch.")
+    batch_max_events: int = Field(
+        2048,
+        ge=1,
+        description="Largest micro-batch, give or take one fetch. It holds what came in while the"
+        " one before was computed, so it is small while there is little to do.",
+    )
     batch_max_wait_ms: float = Field(
-        5.0, ge=0.0, description="Longest that a batch waits for more events."
+        0.0,
+        ge=0.0,
+        description="Longest that an idle worker waits for more events: later lists for less work.",
     )
     max_in_flight_events: int = Field(
         8192, ge=1, description="Events read and not yet finished; beyond it, reading pauses."

@@ -18,9 +18,9 @@ from models.evaluate import bundle_score
 from tests.conftest import ITEMS, tiny_bundle
 from worker import explain as explaining
 from worker.bundle import Bundle, open_bundle
-from worker.cache import Cache, UserKey
+from worker.cache import Cache, UserKey, encode
 from worker.cli import main
-from worker.events import Event, EventType, Record, Surface
+from worker.events import Event, EventType, Surface
 from worker.history import History
 from worker.local.ml100k import load_ml100k
 from worker.local.redis_server import RedisServer
@@ -42,15 +42,19 @@ def registry(tmp_path: Path) -> Path:
 def seen(*items: str) -> History:
     history = History(200)
     for number, item in enumerate(items):
-        record = Record("events", 0, number, b"ann", None, timestamp_ms=number)
-        history.apply(Event("ann", item, EventType.VIEW, Surface.POSTS, number, None, record))
+        history.apply(
+            Event(
+                "ann", item, EventType.VIEW, Surface.POSTS, number, None, None, "events", 0, number,
+                number,
+            )
+        )  # fmt: skip
     return history
 
 
 def listed(registry: Path, history: History, **changes: Any) -> Recommendations:
     """What the worker makes of `history`."""
     bundle = open_bundle(registry / "posts" / "v1")
-    candidates = score(bundle, model_inputs([history], bundle)[0], 5)
+    candidates, _ = score(bundle, model_inputs([history], bundle).runs[0], 5)
     items, scores = zip(*candidates.of(0), strict=True)
     fields: dict[str, Any] = {
         "user_id": "ann",
@@ -70,7 +74,7 @@ def store(redis: RedisServer, history: bytes | None, recommendations: Recommenda
         cache = Cache.from_settings(load_settings(redis=redis.url))
         await cache.write_batch(
             histories={} if history is None else {ANN: history},
-            recommendations={ANN: recommendations},
+            recommendations={ANN: encode(recommendations)},
             popularity={},
         )
         await cache.close()

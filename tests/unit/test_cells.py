@@ -24,7 +24,7 @@ from tests.unit.drafts import (
 )
 from worker.bundle import check_bundle, open_bundle
 from worker.errors import BundleError
-from worker.scorer import score
+from worker.scorer import Run, score
 
 COUNT = 130
 FORMS = [
@@ -118,7 +118,8 @@ def test_a_saved_bundle_is_valid_and_says_what_it_gives_at_most(tmp_path: Path) 
     assert bundle.manifest.max_k == draft.manifest.most < COUNT
     assert "30 of 5 items, 5 opened" in bundle.manifest.provenance["cells"]
     assert [finding.level for finding in check_bundle(path)] == ["warning"]  # no metrics
-    candidates = score(bundle, histories(COUNT), bundle.manifest.most + 1)
+    run = Run(np.arange(COUNT), histories(COUNT))
+    candidates, _ = score(bundle, run, bundle.manifest.most + 1)
     assert candidates.complete
     assert len(list(candidates.of(0))) == bundle.manifest.most
     table = bundle_score(bundle)(histories(COUNT))

@@ -18,12 +18,12 @@ from tests.unit.test_text import text_bundle
 from worker.bundle import Bundle, open_bundle
 from worker.cache import UserKey
 from worker.cold_items import ColdIndex, ColdItems
-from worker.events import Record, Surface
+from worker.events import Records, Surface
 from worker.intake import RecordBatch
 from worker.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.rules import Rules
-from worker.scorer import score
+from worker.scorer import Run, score
 from worker.settings import load_settings
 from worker.text import MAX_TEXT_CHARS
 
@@ -116,7 +116,7 @@ def test_cold_items_stand_where_their_score_puts_them(bundle: Bundle, count: int
     cold = ColdIndex(tuple(f"cold-{n}" for n in range(25)), vectors)
     history = np.array([[0] * 7 + [3], [0] * 6 + [5, 9]])
     items, scores, states = bundle.score_with_states(history, len(ITEMS))
-    merged = score(bundle, history, count, cold)
+    merged, _ = score(bundle, Run(np.arange(2), history), count, cold)
     for row in range(2):
         everything = dict(zip((ITEMS[i - 1] for i in items[row]), scores[row], strict=True))
         everything |= dict(zip(cold.items, states[row] @ vectors.T, strict=True))
@@ -159,10 +159,15 @@ def pipeline(bundle: Bundle, cache: FakeCache, **flags: Any) -> Pipeline:
 
 
 def a_batch(*events: bytes, start: int = 0) -> Any:
-    records = [
-        Record("events", 0, offset, b"ann", value, 1_764_000_000_000)
-        for offset, value in enumerate(events, start)
-    ]
+    count = len(events)
+    records = Records(
+        "events",
+        0,
+        list(range(start, start + count)),
+        [b"ann"] * count,
+        events,
+        [1_764_000_000_000] * count,
+    )
     return cast(RecordBatch, SimpleNamespace(records=records))
 
 

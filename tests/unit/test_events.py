@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.events import Decoder, EventBatch, Reason, Record, json_schema
+from worker.events import Decoder, EventBatch, Reason, Records, json_schema
 
 NOW_MS = 1_764_000_000_000
 GOOD = {
@@ -22,7 +22,7 @@ GOOD = {
 
 def decode(value: bytes | None, key: bytes | None = b"u") -> EventBatch:
     decoder = Decoder(max_bytes=2000, max_future_ms=60_000)
-    return decoder.decode([Record("t", 0, 7, key, value, NOW_MS)], now_ms=NOW_MS)
+    return decoder.decode(Records("t", 0, [7], [key], [value], [NOW_MS]), now_ms=NOW_MS)
 
 
 def event(**changes: object) -> bytes:
@@ -91,11 +91,9 @@ def test_a_number_too_long_to_print_is_still_explained(digits: int) -> None:
 
 
 def test_a_bad_record_between_good_ones_costs_nothing_else() -> None:
-    records = [
-        Record("t", 0, n, b"u", value, NOW_MS) for n, value in enumerate([event(), b"{", event()])
-    ]
+    records = Records("t", 0, [0, 1, 2], [b"u"] * 3, [event(), b"{", event()], [NOW_MS] * 3)
     batch = Decoder(max_bytes=2000, max_future_ms=0).decode(records, now_ms=NOW_MS)
-    assert [e.record.offset for e in batch.events] == [0, 2]
+    assert [e.offset for e in batch.events] == [0, 2]
     assert [r.record.offset for r in batch.rejected] == [1]
 
 

@@ -26,8 +26,8 @@ from models.friends import (
 )
 from models.sources import read_events
 from models.synthetic import synthetic_follows
-from worker.events import Event, EventType, Record, Surface
-from worker.history import MAX_FOLLOWED, History, StoredHistory
+from worker.events import Event, EventType, Surface
+from worker.history import MAX_FOLLOWED, History, StoredHistory1
 from worker.ranking import not_shown
 
 
@@ -213,14 +213,27 @@ def test_nobody_competes_with_the_target_of_their_own_query() -> None:
 
 def followed(history: History, *items: str, start: int = 0, kind: str = "follow") -> None:
     for number, item in enumerate(items, start):
-        record = Record("t", 0, number, b"u", b"", number)
-        history.apply(Event("u", item, EventType(kind), Surface.FRIENDS, number, None, record))
+        history.apply(
+            Event(
+                "u",
+                item,
+                EventType(kind),
+                Surface.FRIENDS,
+                number,
+                None,
+                None,
+                "t",
+                0,
+                number,
+                number,
+            )
+        )
 
 
 def test_who_was_followed_long_ago_is_not_shown_nor_is_oneself() -> None:
     history = History(2)
     followed(history, *"abcd")
-    assert history.items == ["c", "d"]
+    assert history.items == ("c", "d")
     kept = History.from_bytes(history.to_bytes(), 2)
     assert not_shown("u", Surface.FRIENDS, kept) == {"a", "b", "c", "d", "u"}
     assert not_shown("u", Surface.POSTS, History(2)) == set()
@@ -250,6 +263,6 @@ def test_follows_are_bounded_and_the_newest_stay() -> None:
 
 
 def test_a_history_stored_before_follows_were_kept_is_read() -> None:
-    stored = msgspec.to_builtins(StoredHistory(1, ["a"], [5], [], [], {}, []))
+    stored = msgspec.to_builtins(StoredHistory1(1, ["a"], [5], [], [7], {}, []))
     data = msgspec.msgpack.encode(stored[:-1])
-    assert History.from_bytes(data, 3).items == ["a"]
+    assert History.from_bytes(data, 3).items == ("a",)

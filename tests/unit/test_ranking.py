@@ -4,13 +4,17 @@ import time
 from pathlib import Path
 
 import pytest
+from aiokafka.partitioner import DefaultPartitioner
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 
 from worker.cache import UserKey, history_key, recommendation_key
 from worker.errors import SettingsError
-from worker.events import EventType, Surface
+from worker.events import Event, EventType, Surface
 from worker.health import Health
+from worker.metrics import BulkHistogram
+from worker.outbox import partition_of
 from worker.popularity import PopularityTable, log2_add, most_popular
 from worker.ranking import Filter
 from worker.rules import Rules, SurfaceRules, read_rules
@@ -54,10 +58,13 @@ def test_a_wrong_rules_file_is_named(tmp_path: Path, text: str) -> None:
         read_rules(file)
 
 
+def event(item: str, at: int, offset: int, kind: EventType = EventType.VIEW) -> Event:
+    return Event("u", item, kind, Surface.POSTS, at, None, None, "t", 0, offset, 1)
+
+
 def table(*events: tuple[str, int], half_life_ms: int = 1000) -> PopularityTable:
     made = PopularityTable(half_life_ms=half_life_ms, max_items=10)
-    for offset, (item, at) in enumerate(events):
-        made.add(item, EventType.VIEW, at, offset=offset, record_time_ms=1)
+    made.add([event(item, at, offset) for offset, (item, at) in enumerate(events)])
     return made
 
 
@@ -69,14 +76,14 @@ def test_popularity_halves_in_a_half_life() -> None:
 def test_a_redelivered_event_is_not_counted_twice() -> None:
     made = table(("a", 0), ("b", 0))
     before = dict(made.weights)
-    made.add("a", EventType.VIEW, 0, offset=0, record_time_ms=1)
+    made.add([event("a", 0, 0), event("b", 0, 1)])
     assert made.weights == before
 
 
 def test_a_popularity_table_stays_within_its_bound() -> None:
     made = PopularityTable(half_life_ms=1000, max_items=10)
     for number in range(500):
-        made.add(f"i{number}", EventType.VIEW, number, offset=number, record_time_ms=1)
+        made.add([event(f"i{number}", number, number)])
     assert len(made.weights) <= 20
     assert "i499" in made.weights
 
@@ -159,3 +166,51 @@ def test_a_stuck_event_loop_is_a_stall() -> None:
 )
 def test_what_is_no_stall(quiet: dict[str, object]) -> None:
     assert health(progress_at=0.0, **quiet).stalled(time.monotonic()) is None
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(-(10**7), 10**7), st.sampled_from(EventType)),
+        max_size=30,
+    ),
+    st.integers(1, 10),
+)
+def test_popularity_counted_by_the_batch_is_that_counted_one_by_one(
+    acts: list[tuple[str, int, EventType]], size: int
+) -> None:
+    events = [event(item, at, offset, kind) for offset, (item, at, kind) in enumerate(acts)]
+    one_by_one, batched = table(), table()
+    for one in events:
+        one_by_one.add([one])
+    for start in range(0, len(events), size):
+        batched.add(events[start : start + size])
+        batched.add(events[max(0, start - 2) : start + size])  # delivered again
+    assert batched.weights == pytest.approx(one_by_one.weights)
+    assert batched.changed == one_by_one.changed
+    assert batched.offset == one_by_one.offset
+
+
+def test_a_bulk_histogram_reads_as_one_asked_for_every_event() -> None:
+    registry = CollectorRegistry()
+    bulk = BulkHistogram("bulk_seconds", "Bulk.", (0.1, 0.5, 1.0))
+    registry.register(bulk)
+    plain = Histogram("plain_seconds", "Plain.", buckets=(0.1, 0.5, 1.0), registry=registry)
+    for value, times in ((0.05, 3), (0.1, 2), (0.7, 1), (9.0, 4)):
+        bulk.observe(value, times)
+        for _ in range(times):
+            plain.observe(value)
+    for suffix, labels in [
+        *(("_bucket", {"le": bound}) for bound in ("0.1", "0.5", "1.0", "+Inf")),
+        ("_sum", {}),
+        ("_count", {}),
+    ]:
+        one = registry.get_sample_value(f"bulk_seconds{suffix}", labels)
+        assert one is not None
+        assert one == pytest.approx(registry.get_sample_value(f"plain_seconds{suffix}", labels))
+
+
+@given(st.binary(min_size=1, max_size=40), st.integers(1, 50))
+def test_a_key_goes_to_the_partition_that_kafkas_clients_choose(key: bytes, count: int) -> None:
+    partitions = list(range(count))
+    assert partition_of(key, count) == DefaultPartitioner()(key, partitions, partitions)
+    assert 0 <= partition_of(None, count) < count
