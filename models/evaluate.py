@@ -82,19 +82,25 @@ def ranked(score: Score, queries: Queries, *, length: int, batch: int = 256) -> 
 
 
 def bundle_ranked(
-    bundle: Bundle, queries: Queries, item_ids: Sequence[str], *, batch: int = 256
+    bundle: Bundle,
+    queries: Queries,
+    item_ids: Sequence[str],
+    *,
+    length: int | None = None,
+    batch: int = 256,
 ) -> Ranked:
     """`ranked` of a bundle that may number its items otherwise than the queries do.
 
     Args:
         queries: in the numbering of `item_ids`.
         item_ids: the item of index i is `item_ids[i - 1]`.
+        length: items of a history to read, `max_length` by default; a recurrent bundle takes more.
 
     Returns:
         Lists in the numbering of `item_ids`, 0 for items that it lacks. A target that the bundle
         does not know, or that no known item precedes, counts as not found.
     """
-    length = bundle.manifest.max_length
+    length = length or bundle.manifest.max_length
     # Half a gigabyte of scores and indexes at most.
     batch = max(1, min(batch, _MAX_SCORES // bundle.manifest.item_count))
     if tuple(item_ids) == bundle.items:

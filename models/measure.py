@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -167,7 +168,8 @@ def latencies(
                     padded([histories[number][place] for place in users], length)
                     for users in chosen[size]
                 ]
-                times[number][size].append(_timed(bundles[number], tensors, runs, seconds / rounds))
+                run = partial(bundles[number].score, k=candidates(bundles[number]))
+                times[number][size].append(timed(run, tensors, runs, seconds / rounds))
         progress("latency")
     return [{size: _latency(own[size], times[0][size]) for size in batches} for own in times]
 
@@ -177,13 +179,16 @@ def candidates(bundle: Bundle) -> int:
     return min(K, bundle.manifest.most)
 
 
-def _timed(
-    bundle: Bundle, tensors: Sequence[NDArray[np.int64]], runs: int, seconds: float
+def timed(
+    run: Callable[[NDArray[np.int64]], object],
+    tensors: Sequence[NDArray[np.int64]],
+    runs: int,
+    seconds: float,
 ) -> Times:
-    """At least three runs, `runs` if time allows, 10 `runs` if they are done within 50 ms."""
-    k = candidates(bundle)
+    """Time `run` on each tensor in turn: at least three times, `runs` times if time allows, 10
+    `runs` if they are done within 50 ms."""
     for tensor in tensors[:2]:
-        bundle.score(tensor, k)
+        run(tensor)
     found: list[tuple[float, float]] = []
     elapsed = cpu = 0.0
     while len(found) < 10 * runs and (len(found) < runs or cpu < 0.05):
@@ -191,7 +196,7 @@ def _timed(
             break
         tensor = tensors[len(found) % len(tensors)]
         before, before_cpu = time.perf_counter(), time.thread_time()
-        bundle.score(tensor, k)
+        run(tensor)
         found.append((time.perf_counter() - before, time.thread_time() - before_cpu))
         elapsed += found[-1][0]
         cpu += found[-1][1]

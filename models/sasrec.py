@@ -1,10 +1,7 @@
 """SASRec in JAX: self-attentive sequential recommendation (Kang & McAuley, ICDM 2018).
 
 Departures, all usual today: normalization before each sublayer, GELU, and cross-entropy over the
-whole catalogue at every position instead of one sampled negative. The sampled loss makes the model
-overconfident (gSASRec, Petrov & Macdonald, RecSys 2023); at a few thousand items the full one is
-affordable, and with a few thousand shared negatives it comes close (Klenitskiy & Vasilev, RecSys
-2023).
+whole catalogue at every position instead of one sampled negative (models/losses.py).
 
 Sizes of a block are read off its weights, since structured pruning leaves each block its own.
 """
@@ -13,48 +10,51 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = dict[str, Any]
-
-#: Positions whose scores over the catalogue are held at once: more would leave the cache.
-_CHUNK = 400
+from models import family
+from models.family import Params
+from models.layers import dropper, feed_forward, linear, norm
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the weights alone do not say."""
+class Shape(family.Shape):
+    """Sizes of a SASRec."""
 
-    item_count: int
-    length: int = 50
-    width: int = 64
-    blocks: int = 2
     #: Features of one attention head.
     head_width: int = 32
-    #: Factor of looked-up item vectors, the square root of the width that the model began with.
-    input_scale: float = 8.0
 
     @staticmethod
     def fresh(item_count: int, *, length: int, width: int, blocks: int, heads: int) -> Shape:
         """The shape of a model to be trained."""
         return Shape(
-            item_count, length, width, blocks, width // heads, float(np.float32(math.sqrt(width)))
+            item_count, length, width, blocks, float(np.float32(math.sqrt(width))), width // heads
         )
 
+    @property
+    def title(self) -> str:
+        """What people call this kind of model."""
+        return "SASRec"
 
-@dataclass(frozen=True)
-class Teacher:
-    """A trained model whose distribution over the catalogue a smaller one should match."""
+    def describe(self) -> str:
+        """Kind and sizes in words, for a manifest."""
+        return (
+            f"SASRec, {self.blocks} blocks, {self.width // self.head_width} heads, d={self.width},"
+            f" history {self.length}"
+        )
 
-    params: Params
-    shape: Shape
-    #: Share of the loss that is the teacher's, in 0..1; the rest is the data's.
-    weight: float = 0.7
+    def init(self, seed: int) -> Params:
+        """Fresh parameters, float32."""
+        return init(self, seed)
+
+    def hidden(
+        self, params: Params, history: jax.Array, *, dropout: float, key: jax.Array | None
+    ) -> jax.Array:
+        """States float32 `[batch, length, width]`; see `hidden`."""
+        return hidden(params, history, self, dropout=dropout, key=key)
 
 
 def init(shape: Shape, seed: int) -> Params:
@@ -91,14 +91,7 @@ def hidden(
     `length` may be shorter than the model's: positions count from the end.
     """
     blocks = params["blocks"]
-    keys = iter(jax.random.split(key, 1 + 2 * len(blocks))) if key is not None else None
-
-    def drop(x: jax.Array) -> jax.Array:
-        if keys is None or dropout == 0.0:
-            return x
-        kept = jax.random.bernoulli(next(keys), 1.0 - dropout, x.shape)
-        return jnp.where(kept, x / (1.0 - dropout), 0.0)
-
+    drop = dropper(dropout, key, 1 + 2 * len(blocks))
     batch, length = history.shape
     head_width = shape.head_width
     real = history > 0
@@ -107,7 +100,7 @@ def hidden(
     causal = jnp.tril(jnp.ones((length, length), dtype=bool))
     blocked = jnp.where(causal[None, None] & real[:, None, None, :], 0.0, -1e9)
     for block in blocks:
-        y = _linear(_norm(x, block["norm1"]), block["qkv"])
+        y = linear(norm(x, block["norm1"]), block["qkv"])
         heads = y.shape[-1] // (3 * head_width)
         q, k, v = (
             part.reshape(batch, length, heads, head_width).transpose(0, 2, 1, 3)
@@ -115,138 +108,6 @@ def hidden(
         )
         weights = jax.nn.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(head_width) + blocked)
         mixed = (weights @ v).transpose(0, 2, 1, 3).reshape(batch, length, heads * head_width)
-        x = x + drop(_linear(mixed, block["out"]))
-        y = jax.nn.gelu(_linear(_norm(x, block["norm2"]), block["up"]), approximate=False)
-        x = x + drop(_linear(y, block["down"]))
-    return _norm(x, params["norm"])
-
-
-@partial(jax.jit, static_argnames="shape")
-def scores(params: Params, history: jax.Array, shape: Shape) -> jax.Array:
-    """Scores float32 `[batch, item_count]` of items 1.. after each history."""
-    last = hidden(params, history, shape, dropout=0.0, key=None)[:, -1]
-    return last @ params["items"][1:].T
-
-
-def loss(
-    params: Params,
-    window: jax.Array,
-    shape: Shape,
-    *,
-    dropout: float,
-    key: jax.Array | None,
-    negatives: int = 0,
-    teacher: Teacher | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy over the targets of int windows `[batch, length + 1]`, and their count.
-
-    Args:
-        negatives: score this many items, drawn uniformly and shared by the whole batch, beside
-            each target instead of the catalogue; 0 takes the catalogue.
-        teacher: also learn its distribution (Hinton et al., 2015); needs the whole catalogue.
-    """
-    history, target = window[:, :-1], window[:, 1:]
-    states = hidden(params, history, shape, dropout=dropout, key=key)
-    counted = ((history > 0) & (target > 0)).reshape(-1).astype(jnp.float32)
-    flat = states.reshape(-1, states.shape[-1])
-    wanted = jnp.maximum(target.reshape(-1), 1)
-    if negatives and key is not None:
-        total = _sampled(flat, params["items"], wanted, counted, negatives, key)
-    elif teacher is not None:
-        taught = hidden(teacher.params, history, teacher.shape, dropout=0.0, key=None)
-        total = _cross_entropy(
-            flat, params["items"][1:], wanted - 1, counted, teacher.weight,
-            taught.reshape(-1, taught.shape[-1]), teacher.params["items"][1:],
-        )  # fmt: skip
-    else:
-        total = _cross_entropy(flat, params["items"][1:], wanted - 1, counted, 0.0, None, None)
-    return total, counted.sum()
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(
-    states: jax.Array,
-    table: jax.Array,
-    target: jax.Array,
-    counted: jax.Array,
-    taught_weight: float,
-    taught: jax.Array | None,
-    taught_table: jax.Array | None,
-) -> jax.Array:
-    return _in_chunks(states, table, target, counted, taught_weight, taught, taught_table)[0]
-
-
-def _in_chunks(
-    states: jax.Array,
-    table: jax.Array,
-    target: jax.Array,
-    counted: jax.Array,
-    taught_weight: float,
-    taught: jax.Array | None,
-    taught_table: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The loss with its gradient in one pass: a chunk's scores are never held for later."""
-    count, width = states.shape
-    chunk = next(size for size in range(min(_CHUNK, count), 0, -1) if count % size == 0)
-
-    def one(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        state, wanted, weight = part[:3]
-        log_p = jax.nn.log_softmax(state @ table.T)
-        rows = jnp.arange(len(state))
-        # What the probabilities should be: the data's answer, mixed with the teacher's.
-        if taught_table is not None:
-            answer = taught_weight * jax.nn.softmax(part[3] @ taught_table.T)
-        else:
-            answer = jnp.zeros_like(log_p)
-        answer = answer.at[rows, wanted].add(1.0 - taught_weight)
-        value = -jnp.sum(answer * log_p, axis=-1) * weight
-        gradient = (jnp.exp(log_p) - answer) * weight[:, None]
-        return value.sum(), gradient @ table, gradient.T @ state
-
-    parts = [states.reshape(-1, chunk, width), target.reshape(-1, chunk)]
-    parts.append(counted.reshape(-1, chunk))
-    if taught is not None:
-        parts.append(taught.reshape(-1, chunk, taught.shape[-1]))
-    values, by_state, by_table = jax.lax.map(one, tuple(parts))
-    return values.sum(), (by_state.reshape(states.shape), by_table.sum(0))
-
-
-def _forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _in_chunks(*arguments)
-
-
-def _backward(
-    _weight: float, gradients: tuple[jax.Array, jax.Array], factor: jax.Array
-) -> tuple[Any, ...]:
-    return gradients[0] * factor, gradients[1] * factor, None, None, None, None
-
-
-_cross_entropy.defvjp(_forward, _backward)
-
-
-def _sampled(
-    states: jax.Array,
-    table: jax.Array,
-    target: jax.Array,
-    counted: jax.Array,
-    negatives: int,
-    key: jax.Array,
-) -> jax.Array:
-    """Cross-entropy against shared uniform negatives, corrected for how often they are drawn."""
-    item_count = table.shape[0] - 1
-    drawn = jax.random.randint(jax.random.fold_in(key, 1), (negatives,), 1, item_count + 1)
-    against = states @ table[drawn].T + math.log(max(item_count - 1, 1) / negatives)
-    against = jnp.where(drawn[None, :] == target[:, None], -1e9, against)
-    own = jnp.sum(states * table[target], axis=-1)
-    everything = jnp.logaddexp(own, jax.nn.logsumexp(against, axis=-1))
-    return jnp.sum((everything - own) * counted)
-
-
-def _linear(x: jax.Array, layer: Params) -> jax.Array:
-    return x @ layer["w"] + layer["b"]
-
-
-def _norm(x: jax.Array, layer: Params) -> jax.Array:
-    mean = x.mean(-1, keepdims=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(variance + 1e-6) * layer["scale"] + layer["bias"]
+        x = x + drop(linear(mixed, block["out"]))
+        x = x + drop(feed_forward(x, block))
+    return norm(x, params["norm"])

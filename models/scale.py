@@ -25,9 +25,10 @@ from models.compress.methods import METHODS
 from models.compress.recipe import apply, parse
 from models.dataset import Queries, padded
 from models.export import export
+from models.family import Params
 from models.files import write_json
 from models.measure import BATCHES, Footprint, Latency, footprints, latencies
-from models.sasrec import Params, Shape, init
+from models.sasrec import Shape, init
 from worker.bundle import MODEL_FILE, Bundle, open_bundle, write_bundle
 
 NOTE = (
@@ -113,16 +114,16 @@ def zipf_histories(item_count: int, count: int, seed: int) -> list[NDArray[np.in
     ]
 
 
-def write_synthetic(directory: Path, item_count: int, *, seed: int) -> Path:
-    """Write the float32 bundle of a synthetic catalogue."""
-    shape = Shape.fresh(item_count, length=_LENGTH, width=64, blocks=2, heads=2)
-    params: Params = init(Shape.fresh(1, length=_LENGTH, width=64, blocks=2, heads=2), seed)
+def write_synthetic(directory: Path, item_count: int, *, seed: int, length: int = _LENGTH) -> Path:
+    """Write the float32 bundle of a synthetic catalogue; it reads histories of `length`."""
+    shape = Shape.fresh(item_count, length=length, width=64, blocks=2, heads=2)
+    params: Params = init(Shape.fresh(1, length=length, width=64, blocks=2, heads=2), seed)
     params["items"] = item_table(item_count, shape.width, seed)
     for block in params["blocks"]:
         for part in ("qkv", "out", "up", "down"):
             # As large as trained ones, so that a state is more than its last item.
             block[part]["w"] = 5.0 * block[part]["w"]
-    histories = padded(zipf_histories(item_count, 4, seed + 1), _LENGTH)
+    histories = padded(zipf_histories(item_count, 4, seed + 1), length)
     return write_bundle(
         directory,
         model=export(params, shape),
@@ -134,7 +135,8 @@ def write_synthetic(directory: Path, item_count: int, *, seed: int) -> Path:
         created_at="2026-01-01T00:00:00+00:00",
         precision="fp32",
         recipe="synthetic: random weights",
-        max_length=_LENGTH,
+        max_length=length,
+        any_length=True,
         provenance={"note": NOTE},
     )
 

@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from models import sasrec
 from models.compress import recipe
 from models.compress.draft import CompressionError, Context, Draft
 from models.compress.methods import METHODS
 from models.compress.trial import cost, in_memory, ndcg, relative_loss
 from models.dataset import Queries, sample
-from models.export import NotSasrecError, read_params
+from models.export import read_params
+from models.graph import ForeignGraphError
 from worker.bundle import Bundle
 
 OBJECTIVES = ("size", "latency")
@@ -130,13 +132,18 @@ def _axes(draft: Draft) -> list[list[str]]:
     structure: list[list[str]] = []
     try:
         params, shape = read_params(draft.model)
-    except NotSasrecError:
+    except ForeignGraphError:
         pass  # another model's graph: only methods that any graph allows
     else:
-        heads = params["blocks"][0]["out"]["w"].shape[0] // shape.head_width
+        heads = 0
+        lengths: tuple[int, ...] = ()
+        if isinstance(shape, sasrec.Shape):
+            heads = params["blocks"][0]["out"]["w"].shape[0] // shape.head_width
+            # A recurrent model becomes no smaller by reading less.
+            lengths = (shape.length // 2, shape.length // 4)
         structure = [
             [f"layers:{keep}" for keep in range(shape.blocks - 1, 0, -1)],
-            [f"history:{length}" for length in (shape.length // 2, shape.length // 4) if length],
+            [f"history:{length}" for length in lengths if length],
             ["heads:0.5"] if heads > 1 else [],
             ["neurons:0.5", "neurons:0.75"],
             [f"width:{shape.width * 3 // 4}"],

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, checker, helper
 
-from models.export import SCORE_NODE, Graph
+from models.graph import SCORE_NODE, Graph
 from models.text import Encoder, TextError
 from worker.bundle import STATE
 

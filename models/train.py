@@ -1,4 +1,4 @@
-"""Train SASRec with early stopping on validation NDCG@10, and go on where a run was broken off.
+"""Train a model with early stopping on validation NDCG@10, and go on where a run was broken off.
 
 The weights that count are a running average of those that the optimizer moves (Polyak & Juditsky,
 1992): it takes the place of a learning-rate schedule, so that training can stop at any epoch.
@@ -22,11 +22,12 @@ import optax
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from models import sasrec
+from models import losses
 from models.dataset import Queries, windows
 from models.evaluate import accuracy, ranks
+from models.family import Params, Shape, param_score
 from models.files import write_whole
-from models.sasrec import Params, Shape, Teacher
+from models.losses import Teacher
 from worker.errors import StreamrecError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Recipe:
     validate_every: int = 3
     #: Decay of the running average of the weights, per step.
     average: float = 0.999
-    #: Shared negatives a step; 0 scores the whole catalogue (see sasrec.loss).
+    #: Shared negatives a step; 0 scores the whole catalogue (see losses.loss).
     negatives: int = 0
     seed: int = 7
 
@@ -122,7 +123,7 @@ def fit(
         ),
         weight_decay=recipe.weight_decay,
     )
-    params = start if start is not None else sasrec.init(shape, recipe.seed)
+    params = start if start is not None else shape.init(recipe.seed)
     params = jax.tree.map(jnp.asarray, params)
     state = _State(params, params, params, optimizer.init(params), validated={})
     step = _step(shape, recipe, optimizer, use, teacher)
@@ -172,11 +173,6 @@ def fit(
     return Fitted(use(state.best), state.best_epoch, state.validated)
 
 
-def param_score(params: Params, shape: Shape) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """Scores of the JAX model, for evaluate.ranks."""
-    return lambda history: np.asarray(sasrec.scores(params, jnp.asarray(history), shape))
-
-
 def _step(
     shape: Shape,
     recipe: Recipe,
@@ -185,7 +181,7 @@ def _step(
     teacher: Teacher | None,
 ) -> Callable[..., tuple[Params, Params, optax.OptState, jax.Array, jax.Array]]:
     def loss(params: Params, window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sasrec.loss(
+        return losses.loss(
             use(params), window, shape, dropout=recipe.dropout, key=key,
             negatives=recipe.negatives, teacher=teacher,
         )  # fmt: skip
@@ -254,7 +250,7 @@ def _fingerprint(buckets: Sequence[NDArray[np.int64]], shape: Shape, recipe: Rec
     digest = hashlib.sha256()
     # More epochs, or more patience, may be asked for on going on.
     fixed = {k: v for k, v in asdict(recipe).items() if k not in {"epochs", "patience"}}
-    digest.update(json.dumps([asdict(shape), fixed], sort_keys=True).encode())
+    digest.update(json.dumps([shape.title, asdict(shape), fixed], sort_keys=True).encode())
     for bucket in buckets:
         digest.update(bucket.tobytes())
     return digest.hexdigest()

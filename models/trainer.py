@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models import friends
+from models import friends, lrurec, sasrec
 from models.baselines import (
     EASE_MOST_ITEMS,
     ease,
@@ -38,14 +38,15 @@ from models.dataset import (
 from models.evaluate import Accuracy, Score, accuracy, ranks
 from models.events import Events, at_least, merged
 from models.export import export
+from models.family import Params, Shape, param_score
 from models.provenance import provenance
 from models.report.published import published
-from models.sasrec import Params, Shape, init
-from models.train import Recipe, fit, param_score
+from models.train import Recipe, fit
 from worker.bundle import write_bundle
 from worker.errors import StreamrecError
 from worker.events import Surface
 
+FAMILIES = ("sasrec", "lrurec")
 #: Items of a user's history that the linear baselines look at.
 _BASELINE_HISTORY = 200
 
@@ -67,7 +68,12 @@ class Options:
     length: int = 50
     width: int = 64
     blocks: int = 2
+    #: Kind of model, of `FAMILIES`.
+    family: str = "sasrec"
+    #: Attention heads of a SASRec's block.
     heads: int = 2
+    #: Complex numbers of the state that a block of an LRURec keeps.
+    channels: int = 64
     #: Train again, on validation events too, for as many epochs as were best.
     refit: bool = False
     baselines: bool = True
@@ -137,20 +143,13 @@ def train(
         TrainingError: the events do not suffice.
         BundleError: the version exists.
     """
-    if options.width % options.heads:
-        raise TrainingError(
-            f"a width of {options.width} cannot be shared by {options.heads} heads: choose a"
-            " multiple"
-        )
     started = time.monotonic()
+    shape = _shape(options)
     on_friends = surface == Surface.FRIENDS
     ids = friends.catalogue(events, options.minimum_item_events) if on_friends else None
     data, parts = prepare(events, options, surface, ids)
     own = friends.own_items(events, data) if on_friends else None
-    shape = Shape.fresh(
-        data.item_count, length=options.length, width=options.width, blocks=options.blocks,
-        heads=options.heads,
-    )  # fmt: skip
+    shape = replace(shape, item_count=data.item_count)
     lessons, start = _lessons(data, parts.train, own, shape, options.recipe.seed)
     fitted = fit(
         lessons, shape, options.recipe, validation=parts.validation, start=start,
@@ -184,10 +183,10 @@ def train(
         surface=surface,
         created_at=stamp.isoformat(timespec="seconds"),
         precision="fp32",
-        recipe=f"SASRec, {options.blocks} blocks, {options.heads} heads, d={options.width},"
-        f" history {options.length}, cross-entropy over"
+        recipe=f"{shape.describe()}, cross-entropy over"
         f" {options.recipe.negatives or 'all'} items, {fitted.epochs} epochs",
         max_length=shape.length,
+        any_length=True,
         metrics=measured.as_metrics() if measured is not None else {},
         provenance=provenance(
             events.name,
@@ -200,9 +199,30 @@ def train(
         ),
     )
     if measured is not None:
-        rows.append({"model": "SASRec, this bundle", **measured.as_metrics(), "source": "measured"})
+        rows.append(
+            {"model": f"{shape.title}, this bundle", **measured.as_metrics(), "source": "measured"}
+        )
         rows += published(events.name, options.split)
     return Trained(path, rows, fitted.epochs, round(time.monotonic() - started, 1), len(parts.test))
+
+
+def _shape(options: Options) -> Shape:
+    """The shape of a model to be trained, of no items yet: options are judged before data.
+
+    Raises:
+        TrainingError: an option makes no sense.
+    """
+    sizes = {"length": options.length, "width": options.width, "blocks": options.blocks}
+    if options.family == "lrurec":
+        return lrurec.Shape.fresh(0, **sizes, channels=options.channels)
+    if options.family != "sasrec":
+        raise TrainingError(f"no family {options.family!r}; there are {', '.join(FAMILIES)}")
+    if options.width % options.heads:
+        raise TrainingError(
+            f"a width of {options.width} cannot be shared by {options.heads} heads: choose a"
+            " multiple"
+        )
+    return sasrec.Shape.fresh(0, **sizes, heads=options.heads)
 
 
 def _accuracy(params: Params, shape: Shape, test: Queries) -> Accuracy | None:
@@ -224,7 +244,7 @@ def _lessons(
         return train, None
     graph = friends.graph_of(data, train, own)
     vectors = friends.spectral(graph, shape.width, seed=seed)
-    return train + friends.followers(graph), {**init(shape, seed), "items": vectors}
+    return train + friends.followers(graph), {**shape.init(seed), "items": vectors}
 
 
 def _baseline_rows(

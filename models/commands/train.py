@@ -38,10 +38,21 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--width", type=_COUNT, default=64, show_default=True, help="Dimensions of an item vector."
 )
-@click.option("--blocks", type=_COUNT, default=2, show_default=True, help="Attention blocks.")
+@click.option(
+    "--family",
+    type=click.Choice(["sasrec", "lrurec"]),
+    default="sasrec",
+    show_default=True,
+    help="Attention, or a state that moves on by one item at a time (docs/recurrent.md).",
+)
+@click.option("--blocks", type=_COUNT, default=2, show_default=True, help="Blocks of the model.")
 @click.option(
     "--heads", type=_COUNT, default=2, show_default=True, help="Attention heads of a block."
 )
+@click.option(
+    "--channels", type=_COUNT, default=64, show_default=True,
+    help="Complex numbers of the state of a block (lrurec).",
+)  # fmt: skip
 @click.option(
     "--epochs", type=_COUNT, default=200, show_default=True, help="At most; training stops early."
 )
@@ -102,8 +113,9 @@ def train_model(source: str, registry: Path, verbose: bool, **given: Any) -> Non
         options = Options(
             split=given["split"], minimum_item_events=given["min_item_events"],
             length=given["length"], width=given["width"], blocks=given["blocks"],
-            heads=given["heads"], refit=given["refit"], baselines=given["baselines"],
-            queries=given["limit"], recipe=recipe,
+            family=given["family"], heads=given["heads"], channels=given["channels"],
+            refit=given["refit"], baselines=given["baselines"], queries=given["limit"],
+            recipe=recipe,
         )  # fmt: skip
         trained = train(
             read(source, surface, given["skip_bad"]),

@@ -23,8 +23,8 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from models.compress.rewriter import Rewriter
 from models.dataset import Queries, padded
-from models.export import ITEM_TABLE
-from worker.bundle import MODEL_FILE, Manifest, open_bundle, write_bundle
+from models.graph import ITEM_TABLE
+from worker.bundle import CARRY, MODEL_FILE, Manifest, TensorSpec, open_bundle, write_bundle
 from worker.errors import StreamrecError
 
 #: Difference of a score from its golden value where sums are of integers: those differ in their
@@ -84,11 +84,14 @@ class Weight:
     def belongs(self, parts: str) -> bool:
         """Whether one of the `|`-separated parts names it.
 
-        A part is a role, `attention`, `ffn`, a block such as `block0`, or a pattern of the name.
+        A part is a role, `attention`, `recurrence`, `ffn`, a block such as `block0`, or a pattern
+        of the name.
         """
         names = {self.role, self.name.split("_", 1)[0]}
         if any(f"_{p}_" in self.name for p in ("qkv", "query", "key_value", "out")):
             names.add("attention")
+        if any(f"_{p}_" in self.name for p in ("drive", "read")):
+            names.add("recurrence")
         if any(f"_{p}_" in self.name for p in ("up", "down")):
             names.add("ffn")
         return any(
@@ -264,6 +267,7 @@ def save(
         max_length=length,
         min_length=min(manifest.min_length, length),
         max_k=manifest.max_k,
+        any_length=manifest.any_length,
         parents=[manifest.version],
         provenance={**manifest.provenance, **(provenance or {})},
         golden_tolerance=manifest.golden_tolerance if exact else INTEGER_TOLERANCE,
@@ -288,6 +292,28 @@ def find_weights(model: ModelProto) -> list[Weight]:
             roles[node.input[0]] = "table"
     # A row or a column is a bias with a leading 1: nothing to gain.
     return [Weight(n, roles[n], s) for n, s in stored.items() if min(s) > 1 or n == ITEM_TABLE]
+
+
+def graph_inputs(model: ModelProto) -> list[TensorSpec]:
+    """Inputs of a graph, as a manifest names them."""
+    kinds = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32"}
+    return [
+        TensorSpec(
+            node.name,
+            kinds.get(node.type.tensor_type.elem_type, "other"),
+            [dim.dim_param or dim.dim_value for dim in node.type.tensor_type.shape.dim],
+        )
+        for node in model.graph.input
+    ]
+
+
+def feeds_for(model: ModelProto, histories: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Inputs of a graph for int64 `[batch, length]` of users of whom nothing is known yet."""
+    feeds: dict[str, NDArray[Any]] = {"history": histories, "k": np.array([1])}
+    for spec in graph_inputs(model):
+        if spec.name == CARRY:
+            feeds[CARRY] = np.zeros((len(histories), int(spec.shape[-1])), dtype=np.float32)
+    return feeds
 
 
 def copied(model: ModelProto) -> ModelProto:

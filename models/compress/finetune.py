@@ -17,8 +17,11 @@ import numpy as np
 from models.compress.draft import CompressionError, Context, Draft, Encoding
 from models.compress.structure import rebuilt
 from models.dataset import sample
-from models.export import ITEM_TABLE, POSITIONS, read_params
-from models.sasrec import Params, Teacher
+from models.export import read_params
+from models.family import Params
+from models.graph import ITEM_TABLE
+from models.losses import Teacher
+from models.sasrec_export import POSITIONS
 from models.train import Recipe, fit
 
 _QUERIES = 2000
@@ -87,7 +90,9 @@ def _projection(params: Params, encodings: Mapping[str, Encoding]) -> Any:
         blocks = []
         for number, block in enumerate(now["blocks"]):
             other: Params = {**block}
-            for part in ("qkv", "out", "up", "down"):
+            for part in (
+                part for part, layer in block.items() if isinstance(layer, dict) and "w" in layer
+            ):
                 name = f"block{number}_{part}_weight"
                 if part == "qkv" and name not in encodings:
                     # The last block's projection is stored in two pieces, alike in every column.
@@ -95,11 +100,11 @@ def _projection(params: Params, encodings: Mapping[str, Encoding]) -> Any:
                 mask = masks["blocks"][number][part]["w"]
                 other[part] = {**block[part], "w": use(name, block[part]["w"], mask)}
             blocks.append(other)
-        return {
-            **now,
-            "items": use(ITEM_TABLE, now["items"], masks["items"]),
-            "positions": use(POSITIONS, now["positions"], masks["positions"]),
-            "blocks": blocks,
+        tables = {
+            table: use(name, now[table], masks[table])
+            for table, name in (("items", ITEM_TABLE), ("positions", POSITIONS))
+            if table in now
         }
+        return {**now, **tables, "blocks": blocks}
 
     return project

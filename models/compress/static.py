@@ -23,7 +23,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from models.compress.draft import CompressionError, Context, Draft
+from models.compress.draft import CompressionError, Context, Draft, feeds_for
 from models.compress.rewriter import Rewriter
 from models.compress.rows import Rows
 
@@ -53,7 +53,7 @@ class Static:
             quantize_static(
                 model,
                 target,
-                _Reader(self._histories),
+                _Reader(model, self._histories),
                 quant_format=QuantFormat.QDQ,
                 nodes_to_quantize=nodes,
                 per_channel=True,
@@ -66,9 +66,9 @@ class Static:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, histories: NDArray[np.int64]) -> None:
+    def __init__(self, model: ModelProto, histories: NDArray[np.int64]) -> None:
         self._batches: Iterator[dict[str, Any]] = iter(
-            {"history": histories[start : start + 32], "k": np.array([1])}
+            feeds_for(model, histories[start : start + 32])
             for start in range(0, len(histories), 32)
         )
 

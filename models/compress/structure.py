@@ -19,23 +19,28 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from models import sasrec
-from models.compress.draft import CompressionError, Context, Draft
+from models import losses, sasrec
+from models.compress.draft import CompressionError, Context, Draft, graph_inputs
 from models.dataset import sample, windows
 from models.evaluate import accuracy, ranks
 from models.export import export, read_params
-from models.sasrec import Params, Shape
-from models.train import param_score
+from models.family import Params, Shape, param_score
 
 #: Windows whose gradients estimate importance.
 _WINDOWS = 256
 _QUERIES = 2000
+#: Layers of a block that read the embedding, and that write to it.
+_READERS, _WRITERS = ("qkv", "drive", "up"), ("out", "read", "down")
 
 
 def heads(draft: Draft, context: Context, *, share: float = 0.5) -> Draft:
     """Remove a share of the attention heads, at least one kept in each block."""
     _check_share("heads", share)
     params, shape = read_params(draft.model)
+    if not isinstance(shape, sasrec.Shape):
+        raise CompressionError(
+            f"heads: a {shape.title} has no attention heads: use neurons, layers or width"
+        )
     width = shape.head_width
     scores = []
     for block, products in zip(params["blocks"], _products(params, shape, context), strict=True):
@@ -72,25 +77,30 @@ def width(draft: Draft, context: Context, *, to: int) -> Draft:
     if not 1 <= to <= shape.width:
         raise CompressionError(f"width:{to} must be between 1 and {shape.width}")
     products = _gradients(params, shape, context)
-    total = products["items"].sum(axis=1) + products["positions"].sum(axis=1)
+    total = products["items"].sum(axis=1)
+    if "positions" in products:
+        total = total + products["positions"].sum(axis=1)
     for block in products["blocks"]:
-        total = total + block["qkv"]["w"].sum(axis=2) + block["up"]["w"].sum(axis=2)
-        total = total + block["out"]["w"].sum(axis=1) + block["down"]["w"].sum(axis=1)
+        for layer in (name for name in _READERS if name in block):
+            total = total + block[layer]["w"].sum(axis=2)
+        for layer in (name for name in _WRITERS if name in block):
+            total = total + block[layer]["w"].sum(axis=1)
     kept = np.sort(np.argsort(-(total**2).mean(axis=0))[:to])
     for block in params["blocks"]:
         for norm in ("norm1", "norm2"):
             block[norm] = {key: value[kept] for key, value in block[norm].items()}
-        for layer in ("qkv", "up"):
+        for layer in (name for name in _READERS if name in block):
             block[layer]["w"] = block[layer]["w"][kept]
-        for layer in ("out", "down"):
+        for layer in (name for name in _WRITERS if name in block):
             block[layer] = {"w": block[layer]["w"][:, kept], "b": block[layer]["b"][kept]}
     params["norm"] = {key: value[kept] for key, value in params["norm"].items()}
-    params["items"], params["positions"] = params["items"][:, kept], params["positions"][:, kept]
+    for table in (name for name in ("items", "positions") if name in params):
+        params[table] = params[table][:, kept]
     return rebuilt(draft, params, replace(shape, width=to))
 
 
 def layers(draft: Draft, context: Context, *, keep: int) -> Draft:
-    """Keep so many attention blocks: those whose model is best on validation queries."""
+    """Keep so many blocks: those whose model is best on validation queries."""
     params, shape = read_params(draft.model)
     if not 1 <= keep <= shape.blocks:
         raise CompressionError(f"layers:{keep} must be between 1 and {shape.blocks}")
@@ -110,11 +120,15 @@ def layers(draft: Draft, context: Context, *, keep: int) -> Draft:
 
 
 def history(draft: Draft, context: Context, *, length: int) -> Draft:
-    """Read only the last `length` items of a history: attention costs the square of it."""
+    """Read only the last `length` items of a history: attention costs the square of it.
+
+    A recurrent model then starts from so many where it has no carry.
+    """
     params, shape = read_params(draft.model)
     if not 1 <= length <= shape.length:
         raise CompressionError(f"history:{length} must be between 1 and {shape.length}")
-    params["positions"] = params["positions"][-length:]
+    if "positions" in params:
+        params["positions"] = params["positions"][-length:]
     return rebuilt(draft, params, replace(shape, length=length))
 
 
@@ -122,7 +136,9 @@ def rebuilt(draft: Draft, params: Params, shape: Shape) -> Draft:
     """The draft with the graph of other parameters; encodings of weights that remain are kept."""
     model = onnx.load_model_from_string(export(params, shape))
     names = {w.name for w in model.graph.initializer}
-    manifest = msgspec.structs.replace(draft.manifest, max_length=shape.length)
+    manifest = msgspec.structs.replace(
+        draft.manifest, max_length=shape.length, inputs=graph_inputs(model), any_length=True
+    )
     encodings = {name: kind for name, kind in draft.encodings.items() if name in names}
     return replace(draft, model=model, manifest=manifest, encodings=encodings)
 
@@ -140,7 +156,7 @@ def _gradients(params: Params, shape: Shape, context: Context) -> Params:
 
     def products(window: jax.Array) -> Params:
         def loss(p: Params) -> jax.Array:
-            total, count = sasrec.loss(p, window, shape, dropout=0.0, key=None)
+            total, count = losses.loss(p, window, shape, dropout=0.0, key=None)
             return total / jnp.maximum(count, 1)
 
         return cast(Params, jax.tree.map(jnp.multiply, as_jax, jax.grad(loss)(as_jax)))

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from models.compress.draft import CompressionError, copied
+from models.compress.draft import CompressionError, copied, feeds_for
 from models.compress.rewriter import Rewriter
 from worker.bundle import session_options
 
@@ -143,7 +143,7 @@ def states(model: ModelProto, tail: Tail, histories: NDArray[np.int64]) -> NDArr
     inputs = {node.name for node in session.get_inputs()}
     parts = []
     for start in range(0, len(histories), _BATCH):
-        feeds = {"history": histories[start : start + _BATCH], "k": np.array([1])}
+        feeds = feeds_for(model, histories[start : start + _BATCH])
         (part,) = session.run(None, {name: feeds[name] for name in inputs})
         parts.append(part)
     return np.concatenate(parts)

@@ -25,6 +25,7 @@ from models.report.parts import size_parts
 from models.report.published import published
 from models.report.statistics import RESAMPLES
 from models.report.verdicts import findings, verdicts
+from models.stepping import restart, steps
 from worker.bundle import Bundle, Manifest, open_bundle
 
 FORMAT_VERSION = 1
@@ -110,8 +111,9 @@ def build_report(
             " that it was made for, or more of them"
         )
     names = labels([bundle.manifest for bundle in bundles])
-    steps = len(bundles) * (effort.repeats + 2) - 1 + effort.rounds + int(baselines)
-    with _bar(steps, progress) as step:
+    recurrent = any(bundle.manifest.carry_width is not None for bundle in bundles)
+    count = len(bundles) * (effort.repeats + 2) - 1 + effort.rounds + int(baselines)
+    with _bar(count + effort.rounds * recurrent, progress) as step:
         histories = [
             translated(test.histories, translation(reference.items, bundle)) for bundle in bundles
         ]
@@ -123,6 +125,11 @@ def build_report(
         speeds = latencies(
             bundles, asked, rounds=effort.rounds, runs=effort.runs, seed=seed, progress=step
         )
+        by_event = (
+            steps(bundles, asked, rounds=effort.rounds, runs=effort.runs, seed=seed, progress=step)
+            if recurrent
+            else None
+        )
         answers = []
         for bundle, name in zip(bundles, names, strict=True):
             answers.append(bundle_ranked(bundle, test, reference.items))
@@ -133,6 +140,11 @@ def build_report(
             variant = _variant(bundle, names[number], judge, answers[number])
             variant["memory"] = msgspec.to_builtins(costs[number])
             variant["latency"] = {str(size): asdict(at) for size, at in speeds[number].items()}
+            variant["steps"] = variant["restart"] = None
+            if by_event is not None:
+                variant["steps"] = {str(size): asdict(at) for size, at in by_event[number].items()}
+            if bundle.manifest.carry_width is not None:
+                variant["restart"] = asdict(restart(bundle, test, reference.items, seed=seed))
             variant["explanations"] = None
             if number:
                 variant["explanations"] = _explanations(reference, bundle, split, seed)

@@ -8,6 +8,7 @@ from models.dataset import LEAVE_ONE_OUT
 
 _RECSYS_A = "Petrov & Macdonald, gSASRec, RecSys 2023"
 _RECSYS_B = "Klenitskiy & Vasilev, RecSys 2023"
+_LRUREC = "Yue et al., LRURec, WSDM 2024"
 _ESASREC = "Tikhonovich et al., eSASRec, RecSys 2025"
 #: By words of the data set's name and split: model, HR@10, NDCG@10, source. Full ranking.
 _PUBLISHED = {
@@ -16,6 +17,7 @@ _PUBLISHED = {
         ("BERT4Rec", 0.284, 0.154, _RECSYS_A),
         ("gSASRec", 0.300, 0.173, _RECSYS_A),
         ("SASRec, 3000 negatives", 0.316, 0.186, _RECSYS_B),
+        ("LRURec", 0.326, 0.193, _LRUREC),
         ("eSASRec", 0.313, 0.177, _ESASREC),
     ),
 }

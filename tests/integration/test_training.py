@@ -14,7 +14,9 @@ from models.compress.methods import METHODS
 from models.compress.recipe import apply, parse
 from models.dataset import Queries
 from models.events import Events
-from models.sasrec import Shape, Teacher
+from models.family import Params, scores
+from models.losses import Teacher, loss
+from models.sasrec import Shape
 from models.search import search
 from models.train import CheckpointError, Recipe, fit
 from models.trainer import Options, Trained, TrainingError, train
@@ -58,6 +60,32 @@ def test_the_model_learns_what_comes_next_and_says_how_well(trained: Trained) ->
     assert manifest.metrics["ndcg@10"] == by_model["SASRec, this bundle"]["ndcg@10"]
     assert manifest.provenance["data_sha256"] == "0" * 64
     assert manifest.provenance["split"] == "leave-one-out"
+
+
+def test_a_recurrent_model_learns_it_too_and_steps_through_it(tmp_path: Path) -> None:
+    options = Options(
+        split="leave-one-out", family="lrurec", length=10, width=16, channels=16, recipe=RECIPE,
+        baselines=False,
+    )  # fmt: skip
+    made = train(circle(), options, registry=tmp_path, name="posts", surface="posts")
+    (row,) = made.rows
+    assert row["model"] == "LRURec, this bundle"
+    assert row["hr@10"] > 0.95
+    bundle = open_bundle(made.path)
+    assert bundle.manifest.recipe.startswith("LRURec, 2 blocks, 16 channels, d=16, history 10")
+    carry = bundle.fresh_carry(1)
+    for place in range(25):
+        now, following = (bundle.index[f"i{(place + n) % ITEMS + 1}"] for n in (0, 1))
+        items, _, carry = bundle.advance(np.array([[now]]), carry, 10)
+    assert following in items
+
+
+def test_a_family_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no family 'gru4rec'; there are sasrec, lrurec"):
+        train(
+            circle(), Options(family="gru4rec", recipe=RECIPE), registry=tmp_path, name="posts",
+            surface="posts",
+        )  # fmt: skip
 
 
 def test_compressed_bundles_still_know_what_comes_next(trained: Trained, tmp_path: Path) -> None:
@@ -134,7 +162,7 @@ def test_seeds_decide_everything() -> None:
 def test_sampled_negatives_learn_as_well(tmp_path: Path) -> None:
     fitted = fit(SEQUENCES, SHAPE, replace(RECIPE, negatives=12), validation=None)
     history = np.array([np.arange(start, start + 10) % ITEMS + 1 for start in range(ITEMS)])
-    best = np.asarray(sasrec.scores(fitted.params, jnp.asarray(history), SHAPE)).argmax(1) + 1
+    best = np.asarray(scores(fitted.params, jnp.asarray(history), SHAPE)).argmax(1) + 1
     assert (best == history[:, -1] % ITEMS + 1).mean() > 0.9
 
 
@@ -143,7 +171,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one() -> None:
     taught = sasrec.init(SHAPE, 2)
     window = jnp.asarray(np.array(SEQUENCES[:6])[:, :11])
 
-    def plain(p: sasrec.Params, weight: float) -> jax.Array:
+    def plain(p: Params, weight: float) -> jax.Array:
         history, target = window[:, :-1], window[:, 1:]
         log_p = jax.nn.log_softmax(
             sasrec.hidden(p, history, SHAPE, dropout=0.0, key=None) @ p["items"][1:].T
@@ -156,7 +184,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one() -> None:
 
     for weight, teacher in ((0.0, None), (0.7, Teacher(taught, SHAPE, 0.7))):
         found = jax.grad(
-            lambda p, t=teacher: sasrec.loss(p, window, SHAPE, dropout=0.0, key=None, teacher=t)[0]
+            lambda p, t=teacher: loss(p, window, SHAPE, dropout=0.0, key=None, teacher=t)[0]
         )(params)
         expected = jax.grad(plain)(params, weight)
         jax.tree.map(

@@ -15,7 +15,8 @@ from models.compress.methods import METHODS
 from models.compress.recipe import apply, parse
 from models.compress.trial import in_memory
 from models.dataset import Queries
-from models.export import ITEM_TABLE, export
+from models.export import export
+from models.graph import ITEM_TABLE
 from models.sasrec import Shape
 from worker.bundle import Manifest
 

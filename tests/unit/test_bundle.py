@@ -142,5 +142,7 @@ def test_a_version_that_is_not_there_is_answered_with_those_that_are(tmp_path: P
 
 def test_the_shipped_bundles_pass_their_own_checks() -> None:
     shipped = Path(__file__).parents[2] / "models" / "shipped"
-    for version in versions(shipped, "posts"):
-        assert check_bundle(find(shipped, "posts", version)) == []
+    for name in ("posts", "posts-recurrent"):
+        assert versions(shipped, name)
+        for version in versions(shipped, name):
+            assert check_bundle(find(shipped, name, version)) == []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from models import sasrec
+from models import family, sasrec
 from models.compress.draft import CompressionError, Context, Draft, lower, open_draft, save
 from models.compress.methods import METHODS
 from models.compress.recipe import apply, parse
@@ -19,8 +19,10 @@ from models.compress.rewriter import Rewriter
 from models.compress.rows import Rows
 from models.compress.trial import in_memory
 from models.dataset import Queries
-from models.export import NotSasrecError, export, read_params
-from models.sasrec import Params, Shape
+from models.export import export, read_params
+from models.family import Params
+from models.graph import ForeignGraphError
+from models.sasrec import Shape
 from tests.conftest import ITEMS, tiny_bundle
 from worker.bundle import Manifest, open_bundle, read_manifest
 from worker.errors import BundleError
@@ -183,7 +185,7 @@ def test_structured_pruning_makes_the_graph_itself_smaller(
     assert len(lower(made)) < len(lower(draft))
     history = HISTORY[:, -shape.length :]
     np.testing.assert_allclose(
-        scores(made), np.asarray(sasrec.scores(found, history, shape)), atol=1e-3
+        scores(made), np.asarray(family.scores(found, history, shape)), atol=1e-3
     )
     # What is left can be compressed on.
     scores(by("prune:0.3 + int8", made, context))
@@ -236,7 +238,7 @@ def test_foreign_graphs_are_compressed_too(tmp_path: Path, context: Context) -> 
     for recipe in ("int8", "weights:4", "prune:0.5", "tie + int8"):
         found, _ = in_memory(by(recipe, foreign, context)).score(history, len(ITEMS))
         assert sorted(found[0]) == sorted(exact[0])
-    with pytest.raises(NotSasrecError, match="need a float32 bundle"):
+    with pytest.raises(ForeignGraphError, match="need a float32 bundle"):
         by("layers:1", foreign, context)
     with pytest.raises(CompressionError, match="stored once already"):
         by("tie", tied, context)

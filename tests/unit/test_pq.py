@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from models.compress.draft import CompressionError, lower
 from models.compress.kmeans import bounded, kmeans, nearest
 from models.compress.pq import Pq
-from models.export import ITEM_TABLE
+from models.graph import ITEM_TABLE
 from tests.unit.drafts import (
     WIDTH,
     assert_scores_are_of,

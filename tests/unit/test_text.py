@@ -154,7 +154,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused(
 
 
 def test_a_graph_without_a_state_gets_it_or_a_reason() -> None:
-    from models.export import Graph  # a graph of another kind
+    from models.graph import Graph  # a graph of another kind
 
     assert with_state(model_with_state()) == model_with_state()
     with pytest.raises(TextError, match="add that output"):
