@@ -56,7 +56,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "streamrec_stage_seconds",
-            "Time of one batch in a stage (decode, history, score, filter, write).",
+            "Time of one batch in a stage (decode, history, score, filter, cache, publish).",
             ["stage"],
             buckets=STAGE_BUCKETS,
             registry=registry,
@@ -67,6 +67,12 @@ class Metrics:
             STAGE_BUCKETS,
         )
         registry.register(self.event_seconds)
+        self.cached_seconds = BulkHistogram(
+            "streamrec_cached_seconds",
+            "From reading an event to its recommendation being in Redis.",
+            STAGE_BUCKETS,
+        )
+        registry.register(self.cached_seconds)
         self.busy_seconds = Gauge(
             "streamrec_busy_seconds",
             "From the first event read to the last one finished, in this process.",

@@ -3,8 +3,8 @@
     record batches -> micro-batch -> decode -> histories -> score -> rank
                    -> Redis, output topic, dead letters -> finish (offsets may be committed)
 
-Two stages run side by side: while the effects of one micro-batch are written, the next is computed.
-Each stage works on one micro-batch at a time, in order, so one user's events keep theirs.
+Three stages run side by side: while one micro-batch is published, the next is written to Redis and
+the one after is computed. Each stage takes micro-batches in order, so a user's events keep theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from worker.history import History
 from worker.intake import RecordBatch
 from worker.metrics import Metrics
 from worker.models import Models
-from worker.outbox import Outbox, Outgoing, dead_letter_record, recommendation_record
+from worker.outbox import Outbox, dead_letter_record, recommendation_record
 from worker.popularity import PopularityTable, most_popular
 from worker.ranking import Origin, Recommendations
 from worker.recommender import Ranked, Recommender
@@ -70,6 +70,15 @@ class Effects:
     rejected: list[Rejected] = field(default_factory=list)
     #: Text by item of the cold items that were seen first in this batch.
     cold_items: dict[Surface, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A micro-batch whose effects are in Redis."""
+
+    effects: Effects
+    #: Its recommendations as JSON.
+    lists: dict[UserKey, bytes]
 
 
 class Pipeline:
@@ -115,19 +124,21 @@ class Pipeline:
         # Bounded by the intake, which reads no more while too many events are in flight.
         self._incoming: asyncio.Queue[RecordBatch] = asyncio.Queue()
         self._computed: asyncio.Queue[Effects] = asyncio.Queue(maxsize=1)
+        self._cached: asyncio.Queue[Written] = asyncio.Queue()  # bounded likewise
         self._generation = 0
 
-    # -- the two stages
+    # -- the three stages
 
     async def put(self, batch: RecordBatch) -> None:
         """Hand in a record batch."""
         await self._incoming.put(batch)
 
     async def run(self) -> None:
-        """Both stages, until cancelled. An exception here is a defect: the process must restart."""
+        """All stages, until cancelled. An exception here is a defect: the process must restart."""
         async with asyncio.TaskGroup() as stages:
             stages.create_task(self._compute_stage())
-            stages.create_task(self._write_stage())
+            stages.create_task(self._cache_stage())
+            stages.create_task(self._publish_stage())
             if self._settings.cold_items_max:
                 stages.create_task(self._share_cold_items())
 
@@ -165,15 +176,28 @@ class Pipeline:
             events += len(batch.records)
         return collected
 
-    async def _write_stage(self) -> None:
-        first_read_at = float("inf")
+    async def _cache_stage(self) -> None:
         while True:
             effects = await self._computed.get()
-            await self.write(effects)
+            lists = await self.cache(effects)
             now = time.monotonic()
-            first_read_at = min(first_read_at, effects.batches[0].read_at)
-            self._metrics.busy_seconds.set(now - first_read_at)
             for batch in effects.batches:
+                self._metrics.cached_seconds.observe(now - batch.read_at, len(batch.records))
+            self._cached.put_nowait(Written(effects, lists))
+
+    async def _publish_stage(self) -> None:
+        first_read_at = float("inf")
+        while True:
+            # All that wait at once: a broker's acknowledgement takes longer than Redis's.
+            written = [await self._cached.get()]
+            while not self._cached.empty():
+                written.append(self._cached.get_nowait())
+            await self.publish(written)
+            now = time.monotonic()
+            batches = [batch for one in written for batch in one.effects.batches]
+            first_read_at = min(first_read_at, batches[0].read_at)
+            self._metrics.busy_seconds.set(now - first_read_at)
+            for batch in batches:
                 batch.finish()
                 self._metrics.event_seconds.observe(now - batch.read_at, len(batch.records))
 
@@ -382,10 +406,13 @@ class Pipeline:
 
     # -- effects
 
-    async def write(self, effects: Effects) -> None:
-        """Make `effects` durable, however long that takes; repeating it changes nothing."""
-        metrics, settings = self._metrics, self._settings
-        with self._stage("write"):
+    async def cache(self, effects: Effects) -> dict[UserKey, bytes]:
+        """Write `effects` to Redis, however long that takes; repeating it changes nothing.
+
+        Returns:
+            The recommendations as JSON.
+        """
+        with self._stage("cache"):
             lists = {key: encode(made) for key, made in effects.recommendations.items()}
             await until_it_works(
                 lambda: self._cache.write_batch(
@@ -396,20 +423,24 @@ class Pipeline:
                 ),
                 name="write_batch",
                 failures=REDIS_FAILURES,
-                on_failure=metrics.redis_errors.labels("write_batch").inc,
+                on_failure=self._metrics.redis_errors.labels("write_batch").inc,
             )
-            outgoing: list[Outgoing] = [
-                dead_letter_record(settings.dead_letter_topic, rejected)
-                for rejected in effects.rejected
-            ]
+        self._histories.written(effects.histories)
+        return lists
+
+    async def publish(self, written: Sequence[Written]) -> None:
+        """Write lists and dead letters to Kafka, however long that takes."""
+        metrics, settings = self._metrics, self._settings
+        made = [one for batch in written for one in batch.effects.recommendations.values()]
+        rejected = [one for batch in written for one in batch.effects.rejected]
+        with self._stage("publish"):
+            values = [value for batch in written for value in batch.lists.values()]
+            outgoing = [dead_letter_record(settings.dead_letter_topic, one) for one in rejected]
             outgoing += [
                 recommendation_record(
-                    settings.recommendations_topic,
-                    key.user_id,
-                    value,
-                    effects.recommendations[key].model_version,
+                    settings.recommendations_topic, one.user_id, value, one.model_version
                 )
-                for key, value in lists.items()
+                for one, value in zip(made, values, strict=True)
             ]
             await until_it_works(
                 lambda: self._outbox.send(outgoing),
@@ -417,21 +448,20 @@ class Pipeline:
                 failures=KAFKA_FAILURES,
                 on_failure=metrics.produce_errors.inc,
             )
-        self._histories.written(effects.histories)
-        for rejected in effects.rejected:
-            metrics.dead_letters.labels(rejected.reason.value).inc()
+        for one in rejected:
+            metrics.dead_letters.labels(one.reason.value).inc()
             log.warning(
                 "dead_letter reason=%s topic=%s partition=%d offset=%d",
-                rejected.reason.value,
-                rejected.record.topic,
-                rejected.record.partition,
-                rejected.record.offset,
+                one.reason.value,
+                one.record.topic,
+                one.record.partition,
+                one.record.offset,
             )
-        made = Counter(
+        counts = Counter(
             (one.surface, one.source, one.model_version, len(one.items) < settings.top_k)
-            for one in effects.recommendations.values()
+            for one in made
         )
-        for (surface, source, version, short), count in made.items():
+        for (surface, source, version, short), count in counts.items():
             metrics.recommendations.labels(surface.value, source, version).inc(count)
             if short:
                 metrics.short_recommendations.labels(surface.value).inc(count)
