@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds between looks at lag, Redis and readiness.
 WATCH_INTERVAL_S = 1.0
-#: Record batches that wait between Faust and the pipeline.
-CHANNEL_BATCHES = 64
 #: Largest record batch that is produced, half of Kafka's default `max.message.bytes`.
 PRODUCER_BATCH_BYTES = 512 * 1024
 
@@ -68,6 +66,7 @@ def create_app(settings: Settings) -> StreamrecApp:
     )
     models.load_all()
     rules = read_rules(settings.rules) if settings.rules is not None else Rules()
+    poll_records = max(500, settings.batch_max_events)
     app = StreamrecApp(
         settings.group,
         broker=[URL(f"kafka://{address}") for address in settings.kafka.split(",")],
@@ -84,7 +83,7 @@ def create_app(settings: Settings) -> StreamrecApp:
         # Backpressure stops fetching for as long as Redis is down; that must not look like death
         # to Kafka. worker/health.py watches for real stalls.
         broker_max_poll_interval=1800.0,
-        broker_max_poll_records=max(500, settings.batch_max_events),
+        broker_max_poll_records=poll_records,
         consumer_group_instance_id=settings.instance_id,
         consumer_auto_offset_reset="earliest",
         producer_acks=-1,
@@ -100,7 +99,9 @@ def create_app(settings: Settings) -> StreamrecApp:
     app.settings = settings
     app.metrics, app.health, app.models = metrics, health, models
     app.cache = cache = Cache.from_settings(settings)
-    channel = app.channel(value_type=RecordBatch, maxsize=CHANNEL_BATCHES)
+    # The transport bounds what is in flight, in events; a batch has at least one.
+    room = settings.max_in_flight_events + poll_records
+    channel = app.channel(value_type=RecordBatch, maxsize=room)
 
     def on_change(assigned: frozenset[TP]) -> None:
         health.assigned = sum(1 for tp in assigned if tp.topic == settings.events_topic)
@@ -111,15 +112,6 @@ def create_app(settings: Settings) -> StreamrecApp:
             metrics.rebalances.inc()
         app.pipeline.forget()
 
-    app.transport = BatchTransport(
-        app.conf.broker,
-        app,
-        batches=channel,
-        max_in_flight_events=settings.max_in_flight_events,
-        shutdown_timeout_s=settings.shutdown_timeout_s,
-        metrics=metrics,
-        on_change=on_change,
-    )
     app.pipeline = pipeline = Pipeline(
         settings,
         cache=cache,
@@ -127,6 +119,16 @@ def create_app(settings: Settings) -> StreamrecApp:
         models=models,
         rules=rules,
         metrics=metrics,
+    )
+    app.transport = BatchTransport(
+        app.conf.broker,
+        app,
+        batches=channel,
+        demand=pipeline.demand,
+        max_in_flight_events=settings.max_in_flight_events,
+        shutdown_timeout_s=settings.shutdown_timeout_s,
+        metrics=metrics,
+        on_change=on_change,
     )
     # Subscribes to the topic. No agent reads it event by event: the transport hands its record
     # batches to the channel.

@@ -17,6 +17,9 @@ Contract:
   partitions are given up, and at a stop. A failed commit is retried; it never crashes the worker.
 - At most `max_in_flight_events` events (and one fetch more) are unfinished; beyond that fetching
   stops until some are finished.
+- Records are asked for only while `demand` is set, that is while the receiver has nothing to do.
+  Meanwhile they gather at the broker, so that one fetch brings many. (Fetching on regardless, a
+  loaded worker spends more time on fetches of a few records than on the records.)
 - On revocation, batches not yet started are dropped; started ones are waited for, at most
   `shutdown_timeout_s`. Whatever is unfinished then is read again by the next owner.
 """
@@ -36,6 +39,9 @@ from worker.commits import OffsetTracker, Span
 from worker.events import Records
 from worker.metrics import Metrics
 from worker.outbox import BatchProducer
+
+#: Seconds until a failed seek is tried again.
+SEEK_AGAIN_S = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +106,8 @@ class BatchConsumer(driver.Consumer):
         self.progress_at = time.monotonic()
         self._batches: dict[TP, list[RecordBatch]] = {}
         self._changed = asyncio.Event()
+        #: Records were fetched and not handed over.
+        self._dropped = False
 
     def _new_consumer_thread(self) -> BatchConsumerThread:
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -110,18 +118,40 @@ class BatchConsumer(driver.Consumer):
         """Faust's fetcher service runs this: fetch, hand over, for as long as both live."""
         while not (self.should_stop or fetcher.should_stop):
             await self._wait_for_room(fetcher)
+            await self._wait_for_demand(fetcher)
+            if self._dropped and not await self._go_back():
+                continue
             records, active = await self._wait_next_records(1.0)
             if not records or self.should_stop:
                 await asyncio.sleep(0)
                 continue
             if not self.flow_active:
-                # A rebalance began while the fetch was under way. These records were not handed
-                # over; the next assignment starts from the committed offsets.
+                # A rebalance began, or is not over, while the fetch was under way.
+                self._dropped = True
                 continue
             read_at = time.monotonic()
             for tp, raw in records.items():
-                if raw and (active is None or tp in active) and self.flow_active:
+                if raw and (active is None or tp in active):
                     await self._hand_over(TP(tp.topic, tp.partition), raw, read_at)
+
+    async def _go_back(self) -> bool:
+        """Read again what was dropped, before anything else; False where that must wait.
+
+        Faust goes to the committed offsets of an assignment some time before it lets records flow.
+        A fetch that returns in between has moved its partitions on, so that what it brought would
+        be skipped, and later committed past. Nothing of this assignment was handed over yet, since
+        only the loop that calls this does; so the committed offsets are the place to go to.
+        """
+        if not self.flow_active:
+            await self.wait(self.can_resume_flow)
+        try:
+            await self.perform_seek()
+        except Exception as error:  # the group may have moved on again
+            self.log.warning("seek_failed error=%r; it is tried again", error)
+            await asyncio.sleep(SEEK_AGAIN_S)
+            return False
+        self._dropped = not self.flow_active
+        return not self._dropped
 
     async def _wait_for_room(self, fetcher: Any) -> None:
         limit = self.transport.max_in_flight_events
@@ -129,6 +159,14 @@ class BatchConsumer(driver.Consumer):
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), 1.0)
+            except TimeoutError:
+                continue
+
+    async def _wait_for_demand(self, fetcher: Any) -> None:
+        demand = self.transport.demand
+        while not (demand.is_set() or self.should_stop or fetcher.should_stop):
+            try:
+                await asyncio.wait_for(demand.wait(), 1.0)
             except TimeoutError:
                 continue
 
@@ -143,7 +181,8 @@ class BatchConsumer(driver.Consumer):
             tp, records, read_at, self.tracker.begin(tp, first, next_, len(records)), self
         )
         self._batches.setdefault(tp, []).append(batch)
-        await self.wait_first(self.transport.batches.put(batch), self.suspend_flow.wait())
+        # Never waits: the channel has room for all that may be in flight.
+        await self.transport.batches.put(batch)
 
     # -- finishing and committing
 
@@ -231,7 +270,9 @@ class BatchTransport(driver.Transport):
     """Faust's aiokafka transport with `BatchConsumer`.
 
     Args:
-        batches: channel that record batches are put on.
+        batches: channel that record batches are put on; it must have room for as many as there may
+            be events in flight, and one fetch more.
+        demand: set while the receiver wants records.
         max_in_flight_events: events handed over and unfinished, beyond which fetching stops.
         shutdown_timeout_s: longest wait for started batches when partitions are given up.
         on_change: called with the assigned partitions, and with none when they are revoked.
@@ -246,6 +287,7 @@ class BatchTransport(driver.Transport):
         app: AppT,
         *,
         batches: ChannelT,
+        demand: asyncio.Event,
         max_in_flight_events: int,
         shutdown_timeout_s: float,
         metrics: Metrics,
@@ -253,6 +295,7 @@ class BatchTransport(driver.Transport):
     ) -> None:
         super().__init__(url, app)
         self.batches = batches
+        self.demand = demand
         self.max_in_flight_events = max_in_flight_events
         self.shutdown_timeout_s = shutdown_timeout_s
         self.metrics = metrics

@@ -123,6 +123,8 @@ class Pipeline:
         }
         # Bounded by the intake, which reads no more while too many events are in flight.
         self._incoming: asyncio.Queue[RecordBatch] = asyncio.Queue()
+        #: Set while there is nothing to compute.
+        self.demand = asyncio.Event()
         self._computed: asyncio.Queue[Effects] = asyncio.Queue(maxsize=1)
         self._cached: asyncio.Queue[Written] = asyncio.Queue()  # bounded likewise
         self._generation = 0
@@ -159,6 +161,7 @@ class Pipeline:
 
     async def _collect(self) -> list[RecordBatch]:
         """Record batches for one micro-batch: all that wait, within its bounds."""
+        self.demand.set()
         first = await self._incoming.get()
         collected, events = [first], len(first.records)
         deadline = time.monotonic() + self._settings.batch_max_wait_ms / 1000.0
@@ -174,6 +177,7 @@ class Pipeline:
                 break
             collected.append(batch)
             events += len(batch.records)
+        self.demand.clear()
         return collected
 
     async def _cache_stage(self) -> None:
@@ -188,8 +192,10 @@ class Pipeline:
     async def _publish_stage(self) -> None:
         first_read_at = float("inf")
         while True:
-            # All that wait at once: a broker's acknowledgement takes longer than Redis's.
+            # Together, since a broker does as much for a small request as for a large one. Those
+            # who ask Redis have their lists already.
             written = [await self._cached.get()]
+            await asyncio.sleep(self._settings.publish_linger_ms / 1000.0)
             while not self._cached.empty():
                 written.append(self._cached.get_nowait())
             await self.publish(written)

@@ -129,9 +129,15 @@ class Settings(BaseSettings):
         " one before was computed, so it is small while there is little to do.",
     )
     batch_max_wait_ms: float = Field(
-        0.0,
+        2.0,
         ge=0.0,
         description="Longest that an idle worker waits for more events: later lists for less work.",
+    )
+    publish_linger_ms: float = Field(
+        10.0,
+        ge=0.0,
+        description="Lists and dead letters wait this long to be published together; Redis has"
+        " them before.",
     )
     max_in_flight_events: int = Field(
         8192, ge=1, description="Events read and not yet finished; beyond it, reading pauses."

@@ -1,0 +1,121 @@
+"""What a fetch brings at a bad moment is read again."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faust.types import TP
+
+from worker.commits import OffsetTracker
+from worker.intake import BatchConsumer
+
+PLACE = TP("events", 0)
+#: Offsets of the log.
+LOG = range(10)
+
+
+class Consumer(BatchConsumer):
+    """Faust's part of a consumer played: a log of one partition, and a position in it."""
+
+    def __init__(self) -> None:
+        self.tracker = OffsetTracker()
+        self.end_offsets = {}
+        self.progress_at = 0.0
+        self._batches = {}
+        self._changed = asyncio.Event()
+        self._dropped = False
+        self.log = SimpleNamespace(warning=lambda *_: None)
+        self.flow_active = True
+        self.can_resume_flow = asyncio.Event()
+        self.position_ = 0
+        self.handed_over: list[int] = []
+        self.during_fetch: list[Callable[[], None]] = []
+        self.failing_seeks = 0
+        self.stopped = False
+        demand = asyncio.Event()
+        demand.set()
+        self.transport = SimpleNamespace(
+            max_in_flight_events=100, demand=demand, batches=SimpleNamespace(put=self.take)
+        )
+
+    @property
+    def should_stop(self) -> bool:
+        return self.stopped
+
+    async def take(self, batch: Any) -> None:
+        self.handed_over += batch.records.offsets
+
+    def highwater(self, tp: TP) -> int:
+        return len(LOG)
+
+    async def wait(self, event: Any) -> None:
+        await event.wait()
+
+    async def perform_seek(self) -> None:
+        await asyncio.sleep(0)
+        if self.failing_seeks:
+            self.failing_seeks -= 1
+            raise RuntimeError("the group is rebalancing")
+        self.position_ = 0  # nothing is committed
+
+    async def _wait_next_records(self, timeout: float) -> Any:
+        found = [
+            SimpleNamespace(offset=offset, key=b"u", value=b"{}", timestamp=0)
+            for offset in LOG[self.position_ : self.position_ + 2]
+        ]
+        self.position_ += len(found)
+        if self.during_fetch:
+            self.during_fetch.pop(0)()
+        if not found:
+            self.stopped = True
+        return {PLACE: found}, None
+
+    def stop(self) -> None:
+        self.flow_active = False
+        # The rebalance is soon over; Faust has sought the committed offsets before the fetch.
+        asyncio.get_running_loop().call_later(0.01, self.resume)
+
+    def resume(self) -> None:
+        self.flow_active = True
+        self.can_resume_flow.set()
+
+
+def run(consumer: Consumer) -> list[int]:
+    async def drain() -> None:
+        await asyncio.wait_for(
+            consumer._drain_messages(SimpleNamespace(should_stop=False)), timeout=10
+        )
+
+    asyncio.run(drain())
+    return consumer.handed_over
+
+
+@pytest.mark.parametrize("failing_seeks", [0, 2])
+def test_a_fetch_that_returns_before_records_may_flow_is_read_again(failing_seeks: int) -> None:
+    consumer = Consumer()
+    consumer.failing_seeks = failing_seeks
+    consumer.during_fetch = [consumer.stop]
+    assert run(consumer) == list(LOG)
+
+
+def test_twice_in_a_row_as_well() -> None:
+    consumer = Consumer()
+    consumer.during_fetch = [consumer.stop, consumer.stop]
+    assert run(consumer) == list(LOG)
+
+
+def test_nothing_is_asked_for_without_demand() -> None:
+    consumer = Consumer()
+    consumer.transport.demand.clear()
+
+    async def drain() -> None:
+        task = asyncio.create_task(consumer._drain_messages(SimpleNamespace(should_stop=False)))
+        await asyncio.sleep(0.05)
+        assert consumer.position_ == 0
+        consumer.transport.demand.set()
+        await asyncio.wait_for(task, timeout=10)
+
+    asyncio.run(drain())
+    assert consumer.handed_over == list(LOG)
