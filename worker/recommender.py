@@ -166,5 +166,5 @@ class Recommender:
 
     def _learn(self, needed: NDArray[np.int64]) -> None:
         if len(needed):
-            deep = float(np.quantile(needed, AT_ONCE))
+            deep = float(np.sort(needed)[int(AT_ONCE * (len(needed) - 1))])
             self._ask = max(self._ask * DECAY, deep * 1.25, float(self._top_k + SPARE // 2))
