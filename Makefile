@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test lint format bench train lock clean
+.PHONY: help setup demo test lint format bench profile soak train lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -42,8 +42,14 @@ format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Compare the worker with a plain aiokafka loop, same machine, same run
+bench: $(STAMP) ## Compare the worker with other ways to do the same (ARGS=scale, ARGS=--help)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+profile: $(STAMP) ## Flame graph of a loaded worker: build/profile/worker.svg
+	$(BIN)/python -m benchmarks profile $(ARGS)
+
+soak: $(STAMP) ## A loaded worker for 20 minutes: memory, lag, every event accounted for
+	$(BIN)/python -m benchmarks soak $(ARGS)
 
 # What `make train` makes of the float32 model; the last one ships.
 RECIPES = half int8 int8:parts=table|ffn static+int8:parts=table weights:4 int4 blocks \
@@ -60,8 +66,13 @@ train: $(STAMP) ## Train, compress and report (SOURCE=ml-100k): build/models, bu
 	$(BIN)/streamrec models report build/models/posts/* --reference build/models/posts/*-fp32 \
 	  --events $(SOURCE) --baselines --out build/report
 
-lock: ## Resolve requirements.lock again (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
+COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-annotate --no-header
+
+lock: ## Resolve requirements.lock and benchmarks/quix.lock again (needs uv)
+	$(COMPILE) --all-extras pyproject.toml -o requirements.lock
+	sed -nE 's/^((numpy|onnxruntime|msgspec|redis|hiredis)==.*[^ ]) \\$$/\1/p' requirements.lock \
+	  | $(COMPILE) --constraints - benchmarks/quix.in -o benchmarks/quix.lock
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
