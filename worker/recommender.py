@@ -54,7 +54,9 @@ class Recommender:
         self._filter = Filter(rules, surface)
         self._top_k = top_k
         self._ask = float(top_k + SPARE)
-        self._shown_of: Bundle | None = None
+        #: Which items rules allow, for the model named; not the bundle itself, which would keep its
+        #: memory after a swap.
+        self._shown_of = ""
         self._shown: NDArray[np.bool_] | None = None
 
     def rank(
@@ -69,8 +71,9 @@ class Recommender:
         Raises:
             Exception: whatever the model raises.
         """
-        if self._shown_of is not bundle:
-            self._shown_of, self._shown = bundle, self._filter.shown(bundle.items)
+        version = f"{bundle.manifest.name}@{bundle.manifest.version}"
+        if self._shown_of != version:
+            self._shown_of, self._shown = version, self._filter.shown(bundle.items)
         lists = Lists()
         began = time.perf_counter()
         inputs = model_inputs(histories, bundle)

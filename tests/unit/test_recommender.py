@@ -1,5 +1,7 @@
 """Lists hold the best items that may be shown, however deep the model must be asked."""
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -114,7 +116,7 @@ def test_it_learns_how_deep_to_ask() -> None:
     assert len(first) > 1 and first[-1] >= 45
     assert len(ask(recommender, table, history)) == 1
     # And forgets it when no longer needed.
-    recommender._shown_of = None
+    recommender._shown_of = ""
     recommender._filter = Filter(Rules(), Surface.POSTS)
     for _ in range(200):
         last = ask(recommender, table, history)
@@ -128,6 +130,17 @@ def test_a_list_stays_short_where_nothing_more_is_allowed() -> None:
     history = user([7], [], EventType.VIEW, Surface.POSTS)
     assert recommender.rank(cast(Bundle, table), ["u"], [history]).ranked[0][0] == ["i5"]
     assert table.asked[-1] >= len(NAMES)
+
+
+def test_no_bundle_is_kept_after_its_batch() -> None:
+    table = Table()
+    recommender = Recommender(Surface.POSTS, Rules(block=frozenset({"i3"})), top_k=5)
+    history = user([7], [], EventType.VIEW, Surface.POSTS)
+    recommender.rank(cast(Bundle, table), ["u"], [history])
+    alive = weakref.ref(table)
+    del table
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_failing_model_is_reported() -> None:
