@@ -45,7 +45,7 @@ def plot_compare(results: Results, out: Path) -> list[Path]:
             axes.set_xlabel("load, % of own full speed")
             axes.set_title(f"event due -> Redis, {quantile}")
         panels[0].set_ylabel("ms")
-        panels[1].legend(fontsize="small")
+        panels[0].legend(fontsize="small", loc="upper left")
         made.append(_save(figure, out / "bench-latency.svg"))
     return made
 
@@ -107,6 +107,7 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     return path
