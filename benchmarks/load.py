@@ -5,7 +5,6 @@ It is told what to do over a pipe, one request at a time; `Generator` is the end
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from array import array
 from collections import defaultdict
@@ -16,6 +15,7 @@ from typing import Any
 
 from confluent_kafka import Producer
 
+from benchmarks.child import Child
 from benchmarks.errors import BenchmarkError
 from benchmarks.schedule import Pace, quantile
 from benchmarks.workloads import (
@@ -75,7 +75,7 @@ class Sent:
     late_max_ms: float = 0.0
 
 
-class Generator:
+class Generator(Child):
     """The generator process. A context manager; dies with this process.
 
     Raises:
@@ -83,25 +83,7 @@ class Generator:
     """
 
     def __init__(self, bootstrap: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, bootstrap), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Generator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.join(10.0)
-        self._process.kill()
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        assert self._process.pid is not None
-        return self._process.pid
+        super().__init__(_serve, bootstrap)
 
     def start_stream(self, spec: WorkloadSpec, users: frozenset[str] = frozenset()) -> None:
         """Begin a stream of events; of `users` it is remembered what they are sent."""

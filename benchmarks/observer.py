@@ -5,7 +5,6 @@ Redis itself tells it (keyspace notifications), so it sees all systems alike and
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import time
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 from redis import Redis
 from redis.exceptions import RedisError
 
+from benchmarks.child import Child
 from benchmarks.errors import BenchmarkError
 
 #: For `redis-server`: tell of strings that are set, by key.
@@ -34,29 +34,11 @@ class _Wait:
     seconds: float
 
 
-class Observer:
+class Observer(Child):
     """The observing process. A context manager; dies with this process."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Observer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.join(10.0)
-        self._process.kill()
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        assert self._process.pid is not None
-        return self._process.pid
+        super().__init__(_serve)
 
     def watch(self, url: str) -> None:
         """Watch another Redis from now on; what was seen is forgotten."""

@@ -115,7 +115,7 @@ class PeerScorer:
         ]
         items = np.concatenate([items for items, _ in runs])
         scores = np.concatenate([scores for _, scores in runs])
-        version, now_ms = f"{manifest.name}@{manifest.version}", int(time.time() * 1000)
+        version, now_ms = manifest.reference, int(time.time() * 1000)
         for (user, history), own_items, own_scores in zip(
             histories.items(), items.tolist(), scores.tolist(), strict=True
         ):

@@ -115,8 +115,8 @@ def diff_bundles(a: Path, b: Path, *, histories: int = 256, seed: int = 0) -> Di
     one, two = open_bundle(a), open_bundle(b)
     sizes = (_size(one.manifest), _size(two.manifest))
     return Diff(
-        a=f"{one.manifest.name}@{one.manifest.version}",
-        b=f"{two.manifest.name}@{two.manifest.version}",
+        a=one.manifest.reference,
+        b=two.manifest.reference,
         fields=_fields(one.manifest, two.manifest),
         bytes=sizes,
         times_smaller=sizes[0] / sizes[1],

@@ -136,7 +136,7 @@ def _is_stored(store: Store, manifest: Manifest, content: bytes) -> bool:
         return False
     if not same:
         raise VersionExistsError(
-            f"{store.url} has {manifest.name}@{manifest.version} with other content; versions are"
+            f"{store.url} has {manifest.reference} with other content; versions are"
             " never overwritten: choose another with --version"
         )
     return True

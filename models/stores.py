@@ -117,7 +117,7 @@ class Store(ABC):
         manifest = decode_manifest(data, f"{where}/{MANIFEST_FILE}")
         if (manifest.name, manifest.version) != (name, version):
             raise BundleError(
-                f"{where} says that it is {manifest.name}@{manifest.version}: it was copied by"
+                f"{where} says that it is {manifest.reference}: it was copied by"
                 " hand; use streamrec models publish --name NAME --version VERSION"
             )
         return manifest

@@ -102,6 +102,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     any_length: bool = False
 
     @property
+    def reference(self) -> str:
+        """`<name>@<version>`, as lists, settings and logs name a model."""
+        return f"{self.name}@{self.version}"
+
+    @property
     def most(self) -> int:
         """The largest `k` that the model takes."""
         return self.item_count if self.max_k is None else min(self.max_k, self.item_count)
@@ -184,7 +189,7 @@ class Bundle:
         width = self.manifest.carry_width
         if width is None:
             raise BundleError(
-                f"{self.manifest.name}@{self.manifest.version} keeps nothing of a user between"
+                f"{self.manifest.reference} keeps nothing of a user between"
                 " runs: give `score` the whole history"
             )
         return np.zeros((batch, width), dtype=np.float32)

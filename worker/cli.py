@@ -151,7 +151,7 @@ def validate(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     size = sum(file.bytes for file in manifest.files.values())
     click.echo(
-        f"ok: {manifest.name}@{manifest.version} for {manifest.surface}: {manifest.precision},"
+        f"ok: {manifest.reference} for {manifest.surface}: {manifest.precision},"
         f" {manifest.item_count} items, history {manifest.max_length}, {size / 1e6:.2f} MB;"
         f" {metric_summary(manifest.metrics)}"
     )

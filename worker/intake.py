@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -56,9 +57,6 @@ class RecordBatch:
     _consumer: BatchConsumer = field(repr=False)
     _started: bool = False
     _abandoned: bool = False
-
-    def __len__(self) -> int:
-        return len(self.records)
 
     def start(self) -> bool:
         """Whether the batch is still ours to work on."""
@@ -157,18 +155,12 @@ class BatchConsumer(driver.Consumer):
         limit = self.transport.max_in_flight_events
         while self.tracker.in_flight >= limit and not (self.should_stop or fetcher.should_stop):
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), 1.0)
-            except TimeoutError:
-                continue
+            await _set_within(self._changed, 1.0)
 
     async def _wait_for_demand(self, fetcher: Any) -> None:
         demand = self.transport.demand
         while not (demand.is_set() or self.should_stop or fetcher.should_stop):
-            try:
-                await asyncio.wait_for(demand.wait(), 1.0)
-            except TimeoutError:
-                continue
+            await _set_within(demand, 1.0)
 
     async def _hand_over(self, tp: TP, raw: Sequence[Any], read_at: float) -> None:
         records = Records.of(tp.topic, tp.partition, raw)
@@ -235,10 +227,7 @@ class BatchConsumer(driver.Consumer):
                 )
                 break
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), min(remaining, 1.0))
-            except TimeoutError:
-                continue
+            await _set_within(self._changed, min(remaining, 1.0))
         await self.commit_and_end_transactions()
 
     # -- rebalance
@@ -300,6 +289,12 @@ class BatchTransport(driver.Transport):
         self.shutdown_timeout_s = shutdown_timeout_s
         self.metrics = metrics
         self.on_change = on_change
+
+
+async def _set_within(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for `event`, but no longer than this."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
 
 
 def batch_consumer(app: AppT) -> BatchConsumer:

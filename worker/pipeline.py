@@ -345,7 +345,7 @@ class Pipeline:
         ranked: dict[int, Ranked] = {}
         version = FALLBACK_VERSION
         if bundle is not None:
-            version = f"{bundle.manifest.name}@{bundle.manifest.version}"
+            version = bundle.manifest.reference
             ranked = await self._rank(recommender, surface, bundle, names, histories)
         popular = self._most_popular(surface) if len(ranked) < len(names) else []
         now_ms = int(time.time() * 1000)

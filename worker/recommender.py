@@ -71,7 +71,7 @@ class Recommender:
         Raises:
             Exception: whatever the model raises.
         """
-        version = f"{bundle.manifest.name}@{bundle.manifest.version}"
+        version = bundle.manifest.reference
         if self._shown_of != version:
             self._shown_of, self._shown = version, self._filter.shown(bundle.items)
         lists = Lists()

@@ -83,7 +83,7 @@ def model_inputs(histories: Sequence[History], bundle: Bundle) -> Inputs:
     A user whose known history is shorter than the manifest's `min_length` is in no run.
     """
     manifest, index = bundle.manifest, bundle.index
-    version = f"{manifest.name}@{manifest.version}"
+    version = manifest.reference
     fresh: list[list[int] | None] = [
         history.refresh_window(index, version) for history in histories
     ]

@@ -10,10 +10,11 @@ import faust
 from benchmarks.cases.common import CaseConfig
 
 
-def stock_app(config: CaseConfig) -> tuple[faust.App, Any]:
+def stock_app(config: CaseConfig, **settings: Any) -> tuple[faust.App, Any]:
     """Faust as it comes, and its topic of raw bytes.
 
-    Only what keeps it from serving HTTP and making topics of its own is set, and the session.
+    Only what keeps it from serving HTTP and making topics of its own is set, and the session; and
+    `settings`.
     """
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -28,6 +29,7 @@ def stock_app(config: CaseConfig) -> tuple[faust.App, Any]:
         topic_allow_declare=False,
         web_enabled=False,
         worker_redirect_stdouts=False,
+        **settings,
     )
     topic = app.topic(config.topic, key_type=bytes, value_type=bytes, value_serializer="raw")
     return app, topic

@@ -6,34 +6,18 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import faust
-
 from benchmarks.cases.common import CaseConfig, Progress, read_config
-from benchmarks.cases.faust_app import run
+from benchmarks.cases.faust_app import run, stock_app
 from worker.intake import BatchTransport, RecordBatch
 from worker.metrics import Metrics
 
 
 def main(config: CaseConfig) -> None:
     """Count events."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    progress = Progress(Path(config.progress))
-    app = faust.App(
-        config.group,
-        broker=f"kafka://{config.bootstrap}",
-        broker_session_timeout=config.session_s,
-        broker_request_timeout=config.session_s + 30,
-        autodiscover=False,
-        stream_wait_empty=True,
-        broker_commit_interval=1.0,
-        broker_max_poll_records=512,
-        consumer_auto_offset_reset="earliest",
-        topic_disable_leader=True,
-        topic_allow_declare=False,
-        web_enabled=False,
-        worker_redirect_stdouts=False,
+    app, topic = stock_app(
+        config, stream_wait_empty=True, broker_commit_interval=1.0, broker_max_poll_records=512
     )
+    progress = Progress(Path(config.progress))
     channel = app.channel(value_type=RecordBatch, maxsize=64)
     demand = asyncio.Event()
     demand.set()
@@ -47,9 +31,7 @@ def main(config: CaseConfig) -> None:
         metrics=Metrics(),
         on_change=lambda assigned: None,
     )
-    app.topics.add(
-        app.topic(config.topic, key_type=bytes, value_type=bytes, value_serializer="raw")
-    )
+    app.topics.add(topic)
 
     @app.agent(channel)
     async def count(batches: Any) -> None:

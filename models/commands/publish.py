@@ -80,7 +80,7 @@ def publish_bundle(
         return
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
-    identity = f"{manifest.name}@{manifest.version}"
+    identity = manifest.reference
     if done.written:
         click.echo(
             f"published {identity} to {store.url}: {_megabytes(manifest)}, read back and whole"
@@ -126,7 +126,7 @@ def list_models(name: str | None, registry: str, as_json: bool) -> None:
                 [
                     (
                         "*" if serves else " ",
-                        f"{manifest.name}@{manifest.version}",
+                        manifest.reference,
                         manifest.surface,
                         manifest.precision,
                         _megabytes(manifest),
@@ -181,7 +181,7 @@ def show_model(bundle: str, registry: str, as_json: bool) -> None:
         )
         return
     mark = "  (serving)" if serving else ""
-    click.echo(f"{manifest.name}@{manifest.version}{mark}")
+    click.echo(f"{manifest.reference}{mark}")
     facts = [
         ("surface", manifest.surface),
         ("precision", manifest.precision),
@@ -357,7 +357,7 @@ def _lineage(
     store: Store, manifest: Manifest, depth: int = 0, seen: frozenset[str] = frozenset()
 ) -> Iterator[dict[str, Any]]:
     """The bundle and those it was made from, depth first; `found` says whether they are here."""
-    identity = f"{manifest.name}@{manifest.version}"
+    identity = manifest.reference
     yield {
         "bundle": identity,
         "depth": depth,

@@ -27,7 +27,7 @@ def model(
     any_length: bool = False,
 ) -> Bundle:
     manifest = SimpleNamespace(
-        name="posts", version=version, max_length=max_length, min_length=min_length,
+        reference=f"posts@{version}", max_length=max_length, min_length=min_length,
         carry_width=carry_width, any_length=any_length,
     )  # fmt: skip
     made = SimpleNamespace(
