@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from benchmarks.results import OURS, Results
+from benchmarks.peers import OURS
+from benchmarks.results import Results
 
 #: No process is planned to be busier than this: bursts, rebalances and restarts need room.
 UTILISATION = 0.6

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.measure import Effort, Setup, measure
+from benchmarks.measure import Effort, Setup, measure, warm_up
 from benchmarks.peers import Case, NotInstallableError, python_of
 from benchmarks.results import Results, Round
 from benchmarks.stage import Stage
@@ -46,7 +46,7 @@ def compare(
             results.missing[case.name] = str(error)
             progress(f"{case.name}: not installable: {error}")
     progress("warming up the broker")
-    stage.warm_up(setup.spec)
+    warm_up(setup, stage, progress)
     started = time.monotonic()
     for number in range(rounds):
         shift = number * len(present) // rounds

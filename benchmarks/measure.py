@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.cases.common import CaseConfig
 from benchmarks.errors import BenchmarkError
 from benchmarks.load import Backlog, Paced
-from benchmarks.peers import Case
+from benchmarks.peers import CASES, OURS, Case
 from benchmarks.schedule import Latency, Pace, latency
 from benchmarks.stage import HISTORY_LENGTH, Stage, Topics
 from benchmarks.subject import CaseSubject, Subject, WorkerSubject
@@ -29,7 +29,11 @@ from worker.local.redis_server import RedisServer
 _FIRST = 500
 _START_S = 120.0
 #: A steady rate's last lists may take this long beyond the last event.
+#: The broker is warm when a window takes it more than this share of the one before.
+_WARM, _WARM_S, _WARM_WINDOWS, _WARM_RATE = 0.95, 5.0, 12, 4000.0
 _GRACE_S = 20.0
+#: The broker is warm when a window takes it more than this share of the one before.
+_WARM, _WARM_S, _WARM_WINDOWS, _WARM_RATE = 0.95, 5.0, 12, 4000.0
 #: A process that is stopped while the topic is filled must keep its partitions. A lone member waits
 #: about half of it on the embedded broker, before it may start.
 _SESSION_S = {"kafka": 30, "tansu": 10}
@@ -153,6 +157,27 @@ def measure(
                 )
                 progress(f"{case.name}: {described(steady[-1])}")
         return session.run(full, tuple(steady))
+
+
+def warm_up(setup: Setup, stage: Stage, progress: Progress = lambda _: None) -> None:
+    """Let the worker serve for a while: a JVM compiles what is used, and takes half a minute to.
+
+    Without it the first systems on the stage have the latency of a cold broker, whose compiler
+    takes most of a core. It ends when the broker's processor time at a steady rate falls no more.
+    """
+    if stage.broker_name != "kafka":
+        return
+    with ExitStack() as parts:
+        session = Session(CASES[OURS], setup, stage, parts)
+        session.start()
+        rate = min(_WARM_RATE, 0.5 * session.full_speed(1.0, 100_000).rate)
+        before = float("inf")
+        for number in range(1, _WARM_WINDOWS + 1):
+            now = session.steady(None, rate, _WARM_S, 1.0).usage.cpu_s["broker"]
+            progress(f"broker, {_WARM_S:.0f} s at {rate:,.0f} events/s: {now:.2f} s of processor")
+            if number > 3 and now > _WARM * before:
+                return
+            before = now
 
 
 def described(steady: Steady) -> str:

@@ -39,18 +39,17 @@ class Case:
     needs: str = ""
 
 
+OURS, OUR_INTAKE = "ours", "ours-intake"
 CASES = {
     case.name: case
     for case in (
-        Case(
-            "ours-intake", "intake", "streamrec's intake, batches finished at once", "ours_intake"
-        ),
+        Case(OUR_INTAKE, "intake", "streamrec's intake, batches finished at once", "ours_intake"),
         Case("faust-empty", "intake", "stock Faust, empty agent", "faust_empty"),
         Case("faust-take", "intake", "stock Faust, empty agent with take(512)", "faust_take"),
         Case("aiokafka-raw", "intake", "aiokafka getmany, counted", "aiokafka_raw"),
         Case("confluent-raw", "intake", "confluent-kafka consume(512), counted", "confluent_raw"),
         Case("score-raw", "scoring", "the model alone, no I/O", "score_raw"),
-        Case("ours", "whole", "streamrec worker"),
+        Case(OURS, "whole", "streamrec worker"),
         Case("plain-one", "whole", "aiokafka + ONNX Runtime, one at a time", "plain_one"),
         Case("plain-batch", "whole", "aiokafka + ONNX Runtime, batches", "plain_batch"),
         Case("faust-stock", "whole", "stock Faust, take(512)", "faust_stock"),

@@ -11,9 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.measure import Session, Setup
-from benchmarks.peers import CASES
-from benchmarks.results import OURS
+from benchmarks.measure import Session, Setup, warm_up
+from benchmarks.peers import CASES, OURS
 from benchmarks.stage import Stage
 
 #: Samples a second.
@@ -47,7 +46,7 @@ def profile(
         raise BenchmarkError("py-spy is missing: install the extra `bench`")
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as parts:
-        stage.warm_up(setup.spec)
+        warm_up(setup, stage, progress)
         session = Session(CASES[OURS], setup, stage, parts)
         session.start()
         rate = session.full_speed(2.0, 1_000_000).rate

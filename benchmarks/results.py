@@ -16,10 +16,9 @@ import msgspec
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.measure import Run
-from benchmarks.peers import CASES, Level
+from benchmarks.peers import CASES, OUR_INTAKE, OURS, Level
 from models.files import write_json
 
-OURS, OUR_INTAKE = "ours", "ours-intake"
 #: Above this, something else than the benchmark used the machine, or the stage was the limit.
 FOREIGN_LIMIT, REST_LIMIT = 0.05, 0.95
 

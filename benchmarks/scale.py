@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.bundles import synthetic_bundle
 from benchmarks.errors import BenchmarkError
-from benchmarks.measure import Effort, Run, Setup, measure
-from benchmarks.peers import CASES
-from benchmarks.results import OURS, Spread, as_text
+from benchmarks.measure import Effort, Run, Setup, measure, warm_up
+from benchmarks.peers import CASES, OURS
+from benchmarks.results import Spread, as_text
 from benchmarks.stage import Stage
 from benchmarks.system import describe
 from benchmarks.workloads import WorkloadSpec
@@ -109,7 +109,7 @@ def measure_scale(
         progress(f"{axis}: {label}")
         setup = make()
         if not warm:
-            stage.warm_up(setup.spec)
+            warm_up(setup, stage, progress)
             warm = True
         try:
             runs = [measure(CASES[OURS], setup, stage, effort, progress) for _ in range(rounds)]

@@ -14,9 +14,8 @@ from redis import Redis
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.load import Paced
-from benchmarks.measure import Session, Setup
-from benchmarks.peers import CASES
-from benchmarks.results import OURS
+from benchmarks.measure import Session, Setup, warm_up
+from benchmarks.peers import CASES, OURS
 from benchmarks.schedule import Latency, latency
 from benchmarks.stage import HISTORY_LENGTH, Stage
 from benchmarks.subject import WorkerSubject
@@ -119,7 +118,7 @@ def soak(
     """
     users = sampled_users(setup.spec)
     with ExitStack() as parts:
-        stage.warm_up(setup.spec)
+        warm_up(setup, stage, progress)
         session = Session(CASES[OURS], setup, stage, parts)
         subject = session.subject
         assert isinstance(subject, WorkerSubject)

@@ -19,9 +19,8 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from redis import Redis
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.load import Backlog, Generator, Paced
+from benchmarks.load import Generator
 from benchmarks.observer import NOTIFICATIONS, Observer
-from benchmarks.schedule import Pace
 from benchmarks.system import Cpus
 from benchmarks.workloads import WorkloadSpec, first_timestamp_ms, known_items, workload
 from worker.cache import UserKey, history_key
@@ -34,7 +33,6 @@ from worker.local.tansu import TansuBroker
 #: As the worker's setting; what Redis is filled with must fit.
 HISTORY_LENGTH = 200
 _FILL = 2000
-_WARM_S = 15.0
 
 
 def default_broker() -> str:
@@ -86,33 +84,6 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self._parts.close()
-
-    def warm_up(self, spec: WorkloadSpec) -> None:
-        """Send and read for a while: a JVM compiles what is used, and takes seconds to.
-
-        Without it the first systems on the stage have the latency of a cold broker.
-        """
-        if self.broker_name != "kafka":
-            return
-        self.generator.start_stream(spec)
-        consumer = Consumer(
-            {
-                "bootstrap.servers": self.broker.bootstrap,
-                "group.id": f"warm-{uuid.uuid4().hex[:8]}",
-                "auto.offset.reset": "earliest",
-                "fetch.wait.max.ms": 10,
-            }
-        )
-        with self.topics(4) as topics:
-            consumer.subscribe([topics.events])
-            self.generator.backlog(Backlog(topics.events, 100_000, {}))
-            pace = Pace.of(4000.0, _WARM_S, probes_per_s=1.0, first_probe=0)
-
-            def read() -> None:
-                consumer.consume(100_000, 0.5)
-
-            self.generator.paced(Paced(topics.events, pace), read)
-            consumer.close()
 
     @property
     def broker_pid(self) -> int:

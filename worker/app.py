@@ -15,11 +15,12 @@ from yarl import URL
 
 from worker.cache import REDIS_FAILURES, Cache
 from worker.health import STALLED_EXIT_CODE, Health
-from worker.intake import BatchTransport, RecordBatch, batch_consumer
+from worker.intake import BatchTransport, batch_consumer
 from worker.metrics import Metrics
 from worker.models import Models
 from worker.outbox import Outbox
 from worker.pipeline import Pipeline
+from worker.processor import Processor
 from worker.rules import Rules, read_rules
 from worker.scorer import RUN_ROWS
 from worker.settings import Settings
@@ -66,7 +67,7 @@ def create_app(settings: Settings) -> StreamrecApp:
     )
     models.load_all()
     rules = read_rules(settings.rules) if settings.rules is not None else Rules()
-    poll_records = max(500, settings.batch_max_events)
+    poll_records = settings.batch_max_events
     app = StreamrecApp(
         settings.group,
         broker=[URL(f"kafka://{address}") for address in settings.kafka.split(",")],
@@ -99,9 +100,9 @@ def create_app(settings: Settings) -> StreamrecApp:
     app.settings = settings
     app.metrics, app.health, app.models = metrics, health, models
     app.cache = cache = Cache.from_settings(settings)
-    # The transport bounds what is in flight, in events; a batch has at least one.
+    # The transport bounds what is in flight, in events; a fetch has at least one.
     room = settings.max_in_flight_events + poll_records
-    channel = app.channel(value_type=RecordBatch, maxsize=room)
+    channel = app.channel(value_type=list, maxsize=room)
 
     def on_change(assigned: frozenset[TP]) -> None:
         health.assigned = sum(1 for tp in assigned if tp.topic == settings.events_topic)
@@ -110,14 +111,13 @@ def create_app(settings: Settings) -> StreamrecApp:
             gauge.clear()
         if assigned:
             metrics.rebalances.inc()
-        app.pipeline.forget()
+        processor.forget()
 
+    processor = Processor(settings, cache=cache, models=models, rules=rules, metrics=metrics)
     app.pipeline = pipeline = Pipeline(
         settings,
-        cache=cache,
+        processor=processor,
         outbox=Outbox(lambda: app.producer),
-        models=models,
-        rules=rules,
         metrics=metrics,
     )
     app.transport = BatchTransport(
@@ -125,6 +125,7 @@ def create_app(settings: Settings) -> StreamrecApp:
         app,
         batches=channel,
         demand=pipeline.demand,
+        min_interval_s=settings.batch_interval_ms / 1000.0,
         max_in_flight_events=settings.max_in_flight_events,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         metrics=metrics,
@@ -138,8 +139,8 @@ def create_app(settings: Settings) -> StreamrecApp:
 
     @app.agent(channel, name="streamrec.pipeline")
     async def hand_over(batches: Any) -> None:
-        async for batch in batches:
-            await pipeline.put(batch)
+        async for fetched in batches:
+            await pipeline.put(fetched)
 
     return app
 
@@ -189,7 +190,7 @@ class Background(mode.Service):
         while not self.should_stop:
             health.models_ready = self._app.models.ready
             try:
-                await self._app.cache.ping()
+                await asyncio.to_thread(self._app.cache.ping)
                 health.redis_ready = True
             except REDIS_FAILURES:
                 health.redis_ready = False

@@ -6,22 +6,22 @@ Keys (docs/design.md): `rec:{<user>}:<surface>`, `hist:{<user>}:<surface>`,
 none can reach another's key; the braces keep one user's keys in one Redis Cluster slot. No command
 touches more than one key.
 
-Commands are packed once for a whole batch and their replies read in a thread, over one connection
-of redis-py's synchronous client: its pipelines, the asynchronous ones above all, take several times
-as long to build and read (docs/benchmarks.md).
+Commands are packed once for a whole batch and their replies read over one connection of redis-py's
+synchronous client: its pipelines, the asynchronous ones above all, take several times as long to
+build and read (docs/benchmarks.md). So methods block, and may be called from any thread.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import quote
 
+import hiredis
 import msgspec
 from redis import Redis
 from redis.exceptions import RedisError
@@ -44,6 +44,8 @@ _OFFSET_FIELD = b"offset"
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
 Command = tuple[str | bytes | int | float, ...]
+#: redis-py does the same after a look at each argument, which takes four times as long.
+_PACK = cast(Callable[[Command], bytes], hiredis.pack_command)
 
 
 class UserKey(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
@@ -134,17 +136,15 @@ class Cache:
             cold_items_max=settings.cold_items_max,
         )
 
-    async def ping(self) -> None:
+    def ping(self) -> None:
         """Raise unless Redis answers and takes commands."""
-        await self._run([("PING",)])
+        self._run([("PING",)])
 
-    async def read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
+    def read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
         """Stored histories, in the order of `keys`; None where there is none."""
-        return cast(
-            list[bytes | None], await self._run([("GET", history_key(key)) for key in keys])
-        )
+        return cast(list[bytes | None], self._run([("GET", history_key(key)) for key in keys]))
 
-    async def write_batch(
+    def write_batch(
         self,
         *,
         histories: Mapping[UserKey, bytes],
@@ -184,7 +184,7 @@ class Cache:
                 ("ZREMRANGEBYRANK", name, 0, -self._cold_items_max - 1),
                 ("EXPIRE", name, self._cold_items_ttl_s),
             ]
-        await self._run(commands)
+        self._run(commands)
 
     def _popularity_commands(self, name: str, table: PopularityTable) -> list[Command]:
         fields: list[str | bytes] = [_OFFSET_FIELD, f"{table.offset}:{table.record_time_ms}"]
@@ -196,9 +196,9 @@ class Cache:
         commands.append(("EXPIRE", name, self._history_ttl_s))
         return commands
 
-    async def read_popularity(self, key: PartitionKey, into: PopularityTable) -> None:
+    def read_popularity(self, key: PartitionKey, into: PopularityTable) -> None:
         """Fill an empty table with what the partition's last owner counted."""
-        (flat,) = await self._run([("HGETALL", popularity_key(key))])
+        (flat,) = self._run([("HGETALL", popularity_key(key))])
         stored = _pairs(flat)
         into.weights = {
             field[2:].decode("utf-8", "surrogatepass"): float(value)
@@ -208,12 +208,10 @@ class Cache:
         offset, _, record_time_ms = stored.get(_OFFSET_FIELD, b"-1:-1").partition(b":")
         into.offset, into.record_time_ms = int(offset), int(record_time_ms)
 
-    async def read_cold_items(
-        self, surface: Surface, since_s: float
-    ) -> list[tuple[str, str, float]]:
+    def read_cold_items(self, surface: Surface, since_s: float) -> list[tuple[str, str, float]]:
         """Id, text and Unix time of the cold items that any worker saw first after `since_s`."""
         since_s = max(since_s, time.time() - self._cold_items_ttl_s)
-        (found,) = await self._run(
+        (found,) = self._run(
             [("ZRANGEBYSCORE", cold_items_key(surface), since_s, "+inf", "WITHSCORES")]
         )
         read = []
@@ -223,28 +221,27 @@ class Cache:
                 read.append((*_DECODE_COLD_ITEM(member), seen_s))
         return read
 
-    async def read_recommendations(self, key: UserKey) -> Recommendations | None:
+    def read_recommendations(self, key: UserKey) -> Recommendations | None:
         """What is served to this user now."""
-        (data,) = await self._run([("GET", recommendation_key(key))])
+        (data,) = self._run([("GET", recommendation_key(key))])
         return None if data is None else _DECODE_RECOMMENDATIONS(data)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the connections."""
-        await asyncio.to_thread(self._redis.close)
+        self._redis.close()
 
-    async def _run(self, commands: Sequence[Command]) -> list[Any]:
+    def _run(self, commands: Sequence[Command]) -> list[Any]:
         """Replies to `commands`, sent together.
 
         Raises:
             RedisError: the first that Redis refused, or that it does not answer.
         """
-        return await asyncio.to_thread(self._exchange, commands) if commands else []
-
-    def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+        if not commands:
+            return []
         pool = self._redis.connection_pool
         connection: Any = pool.get_connection()
         try:
-            connection.send_packed_command(connection.pack_commands(commands))
+            connection.send_packed_command([b"".join(map(_PACK, commands))])
             return [connection.read_response() for _ in commands]
         except BaseException:
             # Replies may be under way still: they must not be taken for those of the next batch.

@@ -1,15 +1,15 @@
 """Histories in the worker's memory, bounded in bytes, over those in Redis.
 
 Redis is the truth: every history that a batch changed is written before the batch's offsets are
-committed. What is cached here may be dropped at any time, except what is not yet written; on a
-rebalance all of it is, since another worker may have gone on with those users.
+committed. What is cached here may be dropped once it is written; on a rebalance all of it is, since
+another worker may have gone on with those users.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from worker.cache import UserKey
 from worker.history import History
@@ -17,7 +17,7 @@ from worker.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Read = Callable[[Sequence[UserKey]], Awaitable[list[bytes | None]]]
+Read = Callable[[Sequence[UserKey]], list[bytes | None]]
 
 #: What a history takes in memory beside its stored form, which is about as large as its columns:
 #: Python's own objects, and an item id as a string of its own. Measured (docs/design.md).
@@ -36,24 +36,22 @@ class Histories:
         self._cached: OrderedDict[UserKey, History] = OrderedDict()
         self._bytes: dict[UserKey, int] = {}
         self._total_bytes = 0
-        #: Histories changed by batches that are not yet written, with how many such batches.
-        self._unwritten: dict[UserKey, int] = {}
 
-    async def load(self, keys: Iterable[UserKey]) -> dict[UserKey, History]:
+    def load(self, keys: Iterable[UserKey]) -> dict[UserKey, History]:
         """The histories of `keys`, read in one round trip where they are not cached."""
         cached = self._cached
         wanted = dict.fromkeys(keys)
         missing = [key for key in wanted if key not in cached]
         if missing:
-            await self._fetch(missing)
+            self._fetch(missing)
         self._metrics.history_reads.labels("cache").inc(len(wanted) - len(missing))
         for key in wanted:
             cached.move_to_end(key)
         return {key: cached[key] for key in wanted}
 
-    async def _fetch(self, missing: Sequence[UserKey]) -> None:
+    def _fetch(self, missing: Sequence[UserKey]) -> None:
         found = damaged = 0
-        for key, data in zip(missing, await self._read(missing), strict=True):
+        for key, data in zip(missing, self._read(missing), strict=True):
             if data is None:
                 self._cached[key] = History(self._length)
                 continue
@@ -72,27 +70,16 @@ class Histories:
         reads.labels("damaged").inc(damaged)
         reads.labels("nowhere").inc(len(missing) - found - damaged)
 
-    def changed(self, keys: Iterable[UserKey]) -> dict[UserKey, bytes]:
-        """Stored forms of `keys`, which stay cached until `written` is called for them."""
+    def stored(self, keys: Iterable[UserKey]) -> dict[UserKey, bytes]:
+        """Stored forms of `keys`, which must be cached."""
         stored = {}
         for key in keys:
-            history = self._cached.get(key)
-            if history is None:
-                continue
-            stored[key] = data = history.to_bytes()
-            self._unwritten[key] = self._unwritten.get(key, 0) + 1
+            stored[key] = data = self._cached[key].to_bytes()
             self._resize(key, len(data))
         return stored
 
-    def written(self, keys: Iterable[UserKey]) -> None:
-        """Note that `keys` are in Redis, and drop what is over the bound."""
-        unwritten = self._unwritten
-        for key in keys:
-            left = unwritten.get(key, 0) - 1
-            if left > 0:
-                unwritten[key] = left
-            else:
-                unwritten.pop(key, None)
+    def trim(self) -> None:
+        """Drop what is over the bound; to be called once all that changed is in Redis."""
         if self._total_bytes > self._max_bytes:
             self._evict()
         self._metrics.history_cache_bytes.set(self._total_bytes)
@@ -102,7 +89,6 @@ class Histories:
         """Forget everything: the partitions were taken away."""
         self._cached.clear()
         self._bytes.clear()
-        self._unwritten.clear()
         self._total_bytes = 0
 
     def _resize(self, key: UserKey, stored_bytes: int) -> None:
@@ -113,14 +99,6 @@ class Histories:
         self._bytes[key] = size
 
     def _evict(self) -> None:
-        victims = []
-        excess = self._total_bytes - self._max_bytes
-        for key in self._cached:
-            if excess <= 0:
-                break
-            if key not in self._unwritten:
-                victims.append(key)
-                excess -= self._bytes.get(key, 0)
-        for key in victims:
-            del self._cached[key]
+        while self._cached and self._total_bytes > self._max_bytes:
+            key, _ = self._cached.popitem(last=False)
             self._total_bytes -= self._bytes.pop(key, 0)

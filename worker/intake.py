@@ -7,8 +7,9 @@ Faust's own pluggable classes, `Transport` and `Consumer`, and hands records ove
 
 Contract:
 
-- `BatchConsumer` puts `RecordBatch`es, in offset order per partition, on the channel given to
-  `BatchTransport`. Each begins a span in an `OffsetTracker`.
+- `BatchConsumer` puts what one fetch brought, a list of `RecordBatch`es, one per partition and in
+  offset order, on the channel given to `BatchTransport`. Each batch begins a span in an
+  `OffsetTracker`.
 - The receiver calls `batch.start()` before it works on a batch, and drops the batch where that
   says False: its partition was taken away while the batch waited.
 - The receiver calls `batch.finish()` once all effects of the batch are durable. Nothing else moves
@@ -17,9 +18,10 @@ Contract:
   partitions are given up, and at a stop. A failed commit is retried; it never crashes the worker.
 - At most `max_in_flight_events` events (and one fetch more) are unfinished; beyond that fetching
   stops until some are finished.
-- Records are asked for only while `demand` is set, that is while the receiver has nothing to do.
-  Meanwhile they gather at the broker, so that one fetch brings many. (Fetching on regardless, a
-  loaded worker spends more time on fetches of a few records than on the records.)
+- One fetch follows each time that the receiver sets `demand`, that is when it has nothing to do.
+  Meanwhile records gather at the broker, so that one fetch brings many. (Fetching on regardless, a
+  loaded worker spends more time on fetches of a few records than on the records.) Two fetches are
+  at least `min_interval_s` apart.
 - On revocation, batches not yet started are dropped; started ones are waited for, at most
   `shutdown_timeout_s`. Whatever is unfinished then is read again by the next owner.
 """
@@ -89,6 +91,24 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             return False
         return True
 
+    async def _fetch_records(
+        self,
+        consumer: Any,
+        active_partitions: set[TP],
+        timeout: float | None = None,  # noqa: ASYNC109 - Faust's signature
+        max_records: int | None = None,
+    ) -> Any:
+        """What one fetch brings.
+
+        Partitions are paused in between, or aiokafka would fetch the first record that comes while
+        a batch is worked on, and the next batch would be that record alone.
+        """
+        consumer.resume(*consumer.assignment())
+        records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        if records:
+            consumer.pause(*consumer.assignment())
+        return records
+
 
 class BatchConsumer(driver.Consumer):
     """Faust's aiokafka consumer, by the batch."""
@@ -106,6 +126,8 @@ class BatchConsumer(driver.Consumer):
         self._changed = asyncio.Event()
         #: Records were fetched and not handed over.
         self._dropped = False
+        #: `time.monotonic()` of the last fetch that brought something.
+        self._read_at = 0.0
 
     def _new_consumer_thread(self) -> BatchConsumerThread:
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -127,10 +149,18 @@ class BatchConsumer(driver.Consumer):
                 # A rebalance began, or is not over, while the fetch was under way.
                 self._dropped = True
                 continue
-            read_at = time.monotonic()
-            for tp, raw in records.items():
-                if raw and (active is None or tp in active):
-                    await self._hand_over(TP(tp.topic, tp.partition), raw, read_at)
+            self._read_at = time.monotonic()
+            wanted = {
+                TP(tp.topic, tp.partition): raw
+                for tp, raw in records.items()
+                if raw and (active is None or tp in active)
+            }
+            if wanted:
+                self.transport.demand.clear()
+                # Never waits: the channel has room for all that may be in flight.
+                await self.transport.batches.put(
+                    [self._begin(tp, raw, self._read_at) for tp, raw in wanted.items()]
+                )
 
     async def _go_back(self) -> bool:
         """Read again what was dropped, before anything else; False where that must wait.
@@ -161,8 +191,11 @@ class BatchConsumer(driver.Consumer):
         demand = self.transport.demand
         while not (demand.is_set() or self.should_stop or fetcher.should_stop):
             await _set_within(demand, 1.0)
+        early_s = self._read_at + self.transport.min_interval_s - time.monotonic()
+        if early_s > 0:
+            await asyncio.sleep(early_s)
 
-    async def _hand_over(self, tp: TP, raw: Sequence[Any], read_at: float) -> None:
+    def _begin(self, tp: TP, raw: Sequence[Any], read_at: float) -> RecordBatch:
         records = Records.of(tp.topic, tp.partition, raw)
         first, next_ = records.offsets[0], records.offsets[-1] + 1
         self.end_offsets[tp] = max(self.highwater(tp) or 0, next_)
@@ -173,8 +206,7 @@ class BatchConsumer(driver.Consumer):
             tp, records, read_at, self.tracker.begin(tp, first, next_, len(records)), self
         )
         self._batches.setdefault(tp, []).append(batch)
-        # Never waits: the channel has room for all that may be in flight.
-        await self.transport.batches.put(batch)
+        return batch
 
     # -- finishing and committing
 
@@ -259,9 +291,10 @@ class BatchTransport(driver.Transport):
     """Faust's aiokafka transport with `BatchConsumer`.
 
     Args:
-        batches: channel that record batches are put on; it must have room for as many as there may
-            be events in flight, and one fetch more.
-        demand: set while the receiver wants records.
+        batches: channel that fetches are put on; it must have room for as many as there may be
+            events in flight, and one fetch more.
+        demand: set by the receiver when it wants records, cleared when it gets some.
+        min_interval_s: shortest time from one fetch that brought something to the next.
         max_in_flight_events: events handed over and unfinished, beyond which fetching stops.
         shutdown_timeout_s: longest wait for started batches when partitions are given up.
         on_change: called with the assigned partitions, and with none when they are revoked.
@@ -277,6 +310,7 @@ class BatchTransport(driver.Transport):
         *,
         batches: ChannelT,
         demand: asyncio.Event,
+        min_interval_s: float,
         max_in_flight_events: int,
         shutdown_timeout_s: float,
         metrics: Metrics,
@@ -285,6 +319,7 @@ class BatchTransport(driver.Transport):
         super().__init__(url, app)
         self.batches = batches
         self.demand = demand
+        self.min_interval_s = min_interval_s
         self.max_in_flight_events = max_in_flight_events
         self.shutdown_timeout_s = shutdown_timeout_s
         self.metrics = metrics

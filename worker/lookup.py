@@ -60,14 +60,14 @@ async def read_cached(settings: Settings, user_id: str, surface: str) -> Cached 
         raise SettingsError(str(error)) from None
     cache = Cache.from_settings(settings)
     try:
-        found = await cache.read_recommendations(key)
-        (history,) = await cache.read_histories([key])
+        found = cache.read_recommendations(key)
+        (history,) = cache.read_histories([key])
     except REDIS_FAILURES as error:
         raise CacheError(
             f"Redis does not answer ({error}): start it, or set STREAMREC_REDIS to where it is"
         ) from None
     finally:
-        await cache.close()
+        cache.close()
     return None if found is None else Cached(found, history)
 
 

@@ -125,13 +125,14 @@ class Settings(BaseSettings):
     batch_max_events: int = Field(
         2048,
         ge=1,
-        description="Largest micro-batch, give or take one fetch. It holds what came in while the"
-        " one before was computed, so it is small while there is little to do.",
+        description="Largest micro-batch. It holds what came in while the one before was worked"
+        " on, so it is small while there is little to do.",
     )
-    batch_max_wait_ms: float = Field(
-        2.0,
+    batch_interval_ms: float = Field(
+        5.0,
         ge=0.0,
-        description="Longest that an idle worker waits for more events: later lists for less work.",
+        description="Shortest time from one read that brought events to the next: later lists for"
+        " less work where there is little to do.",
     )
     publish_linger_ms: float = Field(
         10.0,

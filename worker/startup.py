@@ -84,9 +84,9 @@ async def ensure_topics(settings: Settings) -> None:
 async def _ping(settings: Settings) -> None:
     cache = Cache.from_settings(settings)
     try:
-        await cache.ping()
+        await asyncio.to_thread(cache.ping)
     finally:
-        await cache.close()
+        cache.close()
 
 
 async def _wait(

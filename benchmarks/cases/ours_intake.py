@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.cases.common import CaseConfig, Progress, read_config
 from benchmarks.cases.faust_app import run, stock_app
-from worker.intake import BatchTransport, RecordBatch
+from worker.intake import BatchTransport
 from worker.metrics import Metrics
 
 
@@ -18,7 +18,7 @@ def main(config: CaseConfig) -> None:
         config, stream_wait_empty=True, broker_commit_interval=1.0, broker_max_poll_records=512
     )
     progress = Progress(Path(config.progress))
-    channel = app.channel(value_type=RecordBatch, maxsize=64)
+    channel = app.channel(value_type=list, maxsize=64)
     demand = asyncio.Event()
     demand.set()
     app.transport = BatchTransport(
@@ -26,6 +26,7 @@ def main(config: CaseConfig) -> None:
         app,
         batches=channel,
         demand=demand,
+        min_interval_s=0.0,
         max_in_flight_events=8192,
         shutdown_timeout_s=5.0,
         metrics=Metrics(),
@@ -35,10 +36,12 @@ def main(config: CaseConfig) -> None:
 
     @app.agent(channel)
     async def count(batches: Any) -> None:
-        async for batch in batches:
-            if batch.start():
-                batch.finish()
-                progress.advance(len(batch.records))
+        async for fetched in batches:
+            for batch in fetched:
+                if batch.start():
+                    batch.finish()
+                    progress.advance(len(batch.records))
+            demand.set()
 
     run(app)
 

@@ -72,12 +72,12 @@ def listed(registry: Path, history: History, **changes: Any) -> Recommendations:
 def store(redis: RedisServer, history: bytes | None, recommendations: Recommendations) -> None:
     async def write() -> None:
         cache = Cache.from_settings(load_settings(redis=redis.url))
-        await cache.write_batch(
+        cache.write_batch(
             histories={} if history is None else {ANN: history},
             recommendations={ANN: encode(recommendations)},
             popularity={},
         )
-        await cache.close()
+        cache.close()
 
     asyncio.run(write())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +15,10 @@ from hypothesis import strategies as st
 from tests.conftest import ITEMS
 from tests.unit.test_text import text_bundle
 from worker.bundle import Bundle, open_bundle
-from worker.cache import UserKey
 from worker.cold_items import ColdIndex, ColdItems
 from worker.events import Records, Surface
-from worker.intake import RecordBatch
 from worker.metrics import Metrics
-from worker.pipeline import Pipeline
+from worker.processor import Made, Processor
 from worker.rules import Rules
 from worker.scorer import Run, score
 from worker.settings import load_settings
@@ -133,34 +130,35 @@ class FakeCache:
 
     def __init__(self) -> None:
         self.stored: list[tuple[str, str, float]] = []
+        self.written: list[dict[str, Any]] = []
 
-    async def read_histories(self, keys: list[UserKey]) -> list[None]:
+    def write_batch(self, **effects: Any) -> None:
+        self.written.append(effects)
+
+    def read_histories(self, keys: list[Any]) -> list[None]:
         return [None] * len(keys)
 
-    async def read_popularity(self, key: object, into: object) -> None:
+    def read_popularity(self, key: object, into: object) -> None:
         return None
 
-    async def read_cold_items(
-        self, surface: Surface, since_s: float
-    ) -> list[tuple[str, str, float]]:
+    def read_cold_items(self, surface: Surface, since_s: float) -> list[tuple[str, str, float]]:
         return self.stored if surface is Surface.POSTS else []
 
 
-def pipeline(bundle: Bundle, cache: FakeCache, **flags: Any) -> Pipeline:
+def processor(bundle: Bundle, cache: FakeCache, **flags: Any) -> Processor:
     models = SimpleNamespace(serving=lambda surface: bundle if surface is Surface.POSTS else None)
-    return Pipeline(
-        load_settings(**flags),
+    return Processor(
+        load_settings(require_user_key=False, top_k=45, **flags),
         cache=cast(Any, cache),
-        outbox=cast(Any, None),
         models=cast(Any, models),
         rules=Rules(),
         metrics=Metrics(),
     )
 
 
-def a_batch(*events: bytes, start: int = 0) -> Any:
+def a_batch(*events: bytes, start: int = 0) -> Records:
     count = len(events)
-    records = Records(
+    return Records(
         "events",
         0,
         list(range(start, start + count)),
@@ -168,7 +166,6 @@ def a_batch(*events: bytes, start: int = 0) -> Any:
         events,
         [1_764_000_000_000] * count,
     )
-    return cast(RecordBatch, SimpleNamespace(records=records))
 
 
 def event(item: str, text: str | None = None, user: str = "ann") -> bytes:
@@ -179,51 +176,38 @@ def event(item: str, text: str | None = None, user: str = "ann") -> bytes:
     ).encode()
 
 
-def test_a_post_of_this_very_batch_can_be_recommended(bundle: Bundle) -> None:
-    async def run() -> None:
-        ours = pipeline(bundle, FakeCache(), require_user_key=False, top_k=45)
-        batch = a_batch(
-            event("fresh", "a post about something", user="bob"), event(ITEMS[0]), event(ITEMS[1])
-        )
-        effects = await ours.compute([batch])
-        listed = effects.recommendations[UserKey("ann", Surface.POSTS)].items
-        assert "fresh" in listed
-        assert effects.cold_items == {Surface.POSTS: {"fresh": "a post about something"}}
-        # Its own reader has seen it; known items and repeats are not noted.
-        again = a_batch(event("fresh", "a post"), event(ITEMS[2], "a known item"), start=3)
-        effects = await ours.compute([again])
-        assert "fresh" not in effects.recommendations[UserKey("ann", Surface.POSTS)].items
-        assert effects.cold_items == {}
+def items_for(made: Made, user: str) -> list[str]:
+    return next(one.items for one, _ in made.lists if one.user_id == user)
 
-    asyncio.run(run())
+
+def test_a_post_of_this_very_batch_can_be_recommended(bundle: Bundle) -> None:
+    cache = FakeCache()
+    ours = processor(bundle, cache)
+    batch = a_batch(
+        event("fresh", "a post about something", user="bob"), event(ITEMS[0]), event(ITEMS[1])
+    )
+    assert "fresh" in items_for(ours.process([batch]), "ann")
+    assert cache.written[-1]["cold_items"] == {Surface.POSTS: {"fresh": "a post about something"}}
+    # Its own reader has seen it; known items and repeats are not noted.
+    again = a_batch(event("fresh", "a post"), event(ITEMS[2], "a known item"), start=3)
+    assert "fresh" not in items_for(ours.process([again]), "ann")
+    assert cache.written[-1]["cold_items"] == {}
 
 
 def test_what_other_workers_saw_is_taken_in(bundle: Bundle) -> None:
-    async def run() -> None:
-        cache = FakeCache()
-        cache.stored = [("theirs", "seen elsewhere", 4e9)]
-        ours = pipeline(bundle, cache, require_user_key=False, top_k=45)
-        running = asyncio.create_task(ours.run())
-        try:
-            await asyncio.sleep(0.05)
-            effects = await ours.compute([a_batch(event(ITEMS[0]))])
-        finally:
-            running.cancel()
-        assert "theirs" in effects.recommendations[UserKey("ann", Surface.POSTS)].items
-        assert effects.cold_items == {}
-
-    asyncio.run(run())
+    cache = FakeCache()
+    cache.stored = [("theirs", "seen elsewhere", 4e9)]
+    made = processor(bundle, cache).process([a_batch(event(ITEMS[0]))])
+    assert "theirs" in items_for(made, "ann")
+    assert cache.written[-1]["cold_items"] == {}
 
 
 @pytest.mark.parametrize("off", ["no encoder", "by setting"])
 def test_without_an_encoder_or_by_setting_texts_are_ignored(bundle: Bundle, off: str) -> None:
-    async def run() -> None:
-        served = replace(bundle, text=None) if off == "no encoder" else bundle
-        flags = {"cold_items_max": 0} if off == "by setting" else {}
-        ours = pipeline(served, FakeCache(), require_user_key=False, top_k=45, **flags)
-        batch = a_batch(event("fresh", "a post", user="bob"), event(ITEMS[0]))
-        effects = await ours.compute([batch])
-        assert "fresh" not in effects.recommendations[UserKey("ann", Surface.POSTS)].items
-        assert not effects.cold_items
-
-    asyncio.run(run())
+    served = replace(bundle, text=None) if off == "no encoder" else bundle
+    flags = {"cold_items_max": 0} if off == "by setting" else {}
+    cache = FakeCache()
+    ours = processor(served, cache, **flags)
+    made = ours.process([a_batch(event("fresh", "a post", user="bob"), event(ITEMS[0]))])
+    assert "fresh" not in items_for(made, "ann")
+    assert not cache.written[-1]["cold_items"]

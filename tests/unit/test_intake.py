@@ -1,15 +1,17 @@
 """What a fetch brings at a bad moment is read again."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 from faust.types import TP
 
 from worker.commits import OffsetTracker
-from worker.intake import BatchConsumer
+from worker.intake import BatchConsumer, BatchConsumerThread
 
 PLACE = TP("events", 0)
 #: Offsets of the log.
@@ -26,6 +28,9 @@ class Consumer(BatchConsumer):
         self._batches = {}
         self._changed = asyncio.Event()
         self._dropped = False
+        self._read_at = 0.0
+        self.fetches = 0
+        self.wants_more = True
         self.log = SimpleNamespace(warning=lambda *_: None)
         self.flow_active = True
         self.can_resume_flow = asyncio.Event()
@@ -37,15 +42,22 @@ class Consumer(BatchConsumer):
         demand = asyncio.Event()
         demand.set()
         self.transport = SimpleNamespace(
-            max_in_flight_events=100, demand=demand, batches=SimpleNamespace(put=self.take)
+            max_in_flight_events=100,
+            min_interval_s=0.0,
+            demand=demand,
+            batches=SimpleNamespace(put=self.take),
         )
 
     @property
     def should_stop(self) -> bool:
         return self.stopped
 
-    async def take(self, batch: Any) -> None:
-        self.handed_over += batch.records.offsets
+    async def take(self, batches: Any) -> None:
+        self.fetches += 1
+        for batch in batches:
+            self.handed_over += batch.records.offsets
+        if self.wants_more:
+            self.transport.demand.set()
 
     def highwater(self, tp: TP) -> int:
         return len(LOG)
@@ -106,8 +118,9 @@ def test_twice_in_a_row_as_well() -> None:
     assert run(consumer) == list(LOG)
 
 
-def test_nothing_is_asked_for_without_demand() -> None:
+def test_one_fetch_follows_each_demand() -> None:
     consumer = Consumer()
+    consumer.wants_more = False
     consumer.transport.demand.clear()
 
     async def drain() -> None:
@@ -115,7 +128,49 @@ def test_nothing_is_asked_for_without_demand() -> None:
         await asyncio.sleep(0.05)
         assert consumer.position_ == 0
         consumer.transport.demand.set()
+        await asyncio.sleep(0.05)
+        assert consumer.fetches == 1
+        consumer.wants_more = True
+        consumer.transport.demand.set()
         await asyncio.wait_for(task, timeout=10)
 
     asyncio.run(drain())
     assert consumer.handed_over == list(LOG)
+
+
+def test_fetches_keep_their_distance() -> None:
+    consumer = Consumer()
+    consumer.transport.min_interval_s = 0.05
+    started = time.monotonic()
+    run(consumer)
+    assert time.monotonic() - started >= 0.05 * (consumer.fetches - 1)
+    assert consumer.fetches > 2
+
+
+class Paused:
+    """The calls of aiokafka's consumer that a fetch makes, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def assignment(self) -> set[TP]:
+        return {PLACE}
+
+    def pause(self, *partitions: TP) -> None:
+        self.calls.append("pause")
+
+    def resume(self, *partitions: TP) -> None:
+        self.calls.append("resume")
+
+
+@pytest.mark.parametrize(("found", "calls"), [(1, ["resume", "pause"]), (0, ["resume"])])
+def test_nothing_is_fetched_ahead_of_demand(
+    monkeypatch: pytest.MonkeyPatch, found: int, calls: list[str]
+) -> None:
+    async def fetched(*_: Any) -> dict[TP, list[int]]:
+        return {PLACE: [1]} if found else {}
+
+    monkeypatch.setattr(AIOKafkaConsumerThread, "_fetch_records", fetched)
+    consumer, thread = Paused(), BatchConsumerThread.__new__(BatchConsumerThread)
+    asyncio.run(thread._fetch_records(consumer, {PLACE}, 1.0, 10))
+    assert consumer.calls == calls

@@ -1,0 +1,103 @@
+"""What a micro-batch does where Redis or the group does not play along."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from worker.events import Records
+from worker.metrics import Metrics
+from worker.processor import Processor
+from worker.retry import StoppedError
+from worker.rules import Rules
+from worker.settings import load_settings
+
+
+class FakeRedis:
+    """A cache that can be told what to do when histories are read."""
+
+    def __init__(self) -> None:
+        self.on_read: Callable[[], None] = lambda: None
+        self.failures = 0
+        self.writes: list[dict[str, Any]] = []
+        self.reads = 0
+
+    def read_histories(self, keys: list[Any]) -> list[None]:
+        self.reads += 1
+        self.on_read()
+        return [None] * len(keys)
+
+    def read_popularity(self, key: object, into: object) -> None:
+        return None
+
+    def write_batch(self, **effects: Any) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise RedisConnectionError("Redis is away")
+        self.writes.append(effects)
+
+
+@pytest.fixture
+def redis() -> FakeRedis:
+    return FakeRedis()
+
+
+@pytest.fixture
+def processor(redis: FakeRedis) -> Processor:
+    return Processor(
+        load_settings(require_user_key=False, cold_items_max=0),
+        cache=cast(Any, redis),
+        models=cast(Any, SimpleNamespace(serving=lambda surface: None)),
+        rules=Rules(),
+        metrics=Metrics(),
+    )
+
+
+def records(*values: bytes, first: int = 0) -> Records:
+    count = len(values)
+    offsets = list(range(first, first + count))
+    return Records("events", 0, offsets, [b"ann"] * count, values, [1_764_000_000_000] * count)
+
+
+def view(item: str) -> bytes:
+    return (
+        f'{{"user_id":"ann","item_id":"{item}","event_type":"view","surface":"posts",'
+        '"timestamp":1764000000000}'
+    ).encode()
+
+
+def test_a_batch_whose_partitions_are_taken_away_meanwhile_has_no_effect(
+    processor: Processor, redis: FakeRedis
+) -> None:
+    redis.on_read = processor.forget
+    made = processor.process([records(view("p1"), b"not JSON")])
+    assert (made.lists, made.rejected, redis.writes) == ([], [], [])
+
+
+def test_after_a_rebalance_histories_are_read_again(processor: Processor, redis: FakeRedis) -> None:
+    processor.process([records(view("p1"))])
+    processor.process([records(view("p2"), first=1)])
+    assert redis.reads == 1
+    processor.forget()
+    processor.process([records(view("p3"), first=2)])
+    assert redis.reads == 2
+
+
+def test_what_redis_refuses_is_written_again(processor: Processor, redis: FakeRedis) -> None:
+    redis.failures = 2
+    made = processor.process([records(view("p1"))])
+    assert len(made.lists) == 1
+    assert len(redis.writes) == 1
+
+
+def test_a_stop_ends_the_wait_for_redis(processor: Processor, redis: FakeRedis) -> None:
+    redis.failures = 10**9
+    threading.Timer(0.05, processor.stop).start()
+    with pytest.raises(StoppedError, match="write_batch"):
+        processor.process([records(view("p1"))])
+    assert redis.writes == []

@@ -1,0 +1,380 @@
+"""One micro-batch, from records to lists in Redis; the only module that knows the order of steps.
+
+    records -> decode -> histories -> score -> rank -> Redis
+
+Everything here blocks and runs in one thread, beside the event loop: handing a batch from thread
+to thread costs more than a step of a small batch does (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from worker.bundle import Bundle
+from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey, encode
+from worker.cold_items import ColdIndex, ColdItems
+from worker.events import Decoder, Event, EventBatch, Reason, Records, Rejected, Surface
+from worker.histories import Histories
+from worker.history import History
+from worker.metrics import Metrics
+from worker.models import Models
+from worker.popularity import PopularityTable, most_popular
+from worker.ranking import Origin, Recommendations
+from worker.recommender import Ranked, Recommender
+from worker.retry import until_it_works_or_stops
+from worker.rules import Rules
+from worker.settings import Settings
+from worker.text import MAX_TEXT_CHARS
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+FALLBACK_VERSION = "popularity"
+#: Candidates of the fallback are found anew after this many seconds at most.
+POPULAR_REFRESH_S = 1.0
+#: Cold items of other workers are asked for again this far back: their clocks may be behind.
+CLOCK_SKEW_S = 60.0
+
+
+@dataclass(slots=True)
+class Touched:
+    """What a micro-batch did to one user on one surface."""
+
+    history: History
+    #: The newest event that was applied.
+    event: Event
+
+
+@dataclass(slots=True)
+class Made:
+    """What a micro-batch made, and Redis has; to be published."""
+
+    #: With their JSON.
+    lists: list[tuple[Recommendations, bytes]] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    #: Text by item of the cold items that were seen first in this batch.
+    cold_items: dict[Surface, dict[str, str]] = field(default_factory=dict)
+
+
+class Processor:
+    """Turns records into recommendations. One per worker; `process` is for one thread."""
+
+    def __init__(
+        self, settings: Settings, *, cache: Cache, models: Models, rules: Rules, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._models = models
+        self._metrics = metrics
+        self._decoder = Decoder(
+            max_bytes=settings.event_max_bytes,
+            max_future_ms=int(settings.event_max_future_s * 1000),
+            require_user_key=settings.require_user_key,
+        )
+        self._recommenders = {
+            surface: Recommender(surface, rules, top_k=settings.top_k) for surface in Surface
+        }
+        self._histories = Histories(
+            self._read_histories,
+            length=settings.history_length,
+            max_bytes=settings.history_cache_mb * 1e6,
+            metrics=metrics,
+        )
+        self._popularity: dict[PartitionKey, PopularityTable] = {}
+        self._popular: dict[Surface, tuple[float, list[tuple[str, float]]]] = {}
+        self._cold = {
+            surface: ColdItems(
+                max_items=settings.cold_items_max, ttl_s=float(settings.cold_items_ttl_s)
+            )
+            for surface in Surface
+        }
+        #: When cold items are read from Redis next, in `time.monotonic()`, and from when on.
+        self._cold_read_at = 0.0
+        self._cold_since_s = dict.fromkeys(self._cold, 0.0)
+        self._stopping = threading.Event()
+        #: Counts rebalances; `process` clears what it keeps of partitions after one.
+        self._generation = 0
+        self._cleared = 0
+
+    def forget(self) -> None:
+        """The partitions were taken away: another worker may change their users from now on.
+
+        From any thread.
+        """
+        self._generation += 1
+
+    def stop(self) -> None:
+        """End a wait for Redis; from any thread."""
+        self._stopping.set()
+
+    def process(self, batches: Sequence[Records]) -> Made:
+        """Take in records and write what follows from them to Redis, however long that takes.
+
+        Repeating it changes nothing.
+
+        Raises:
+            StoppedError: `stop` was called while Redis was away.
+        """
+        generation = self._generation
+        if self._cleared != generation:
+            self._clear()
+            self._cleared = generation
+        self._share_cold_items()
+        made = Made()
+        with self._stage("decode"):
+            now_ms = int(time.time() * 1000)
+            decoded = [self._decoder.decode(records, now_ms=now_ms) for records in batches]
+        self._metrics.batch_events.observe(sum(map(len, batches)))
+        with self._stage("history"):
+            touched = self._apply(decoded, made)
+        lists: dict[UserKey, Recommendations] = {}
+        for surface, users in _by_surface(touched).items():
+            lists |= self._recommend(surface, users)
+        if generation != self._generation:
+            # A rebalance came in between. The batch is read again by whoever owns it now, and
+            # writing its effects could undo what that worker has written.
+            return Made()
+        with self._stage("cache"):
+            self._write(touched, lists, made)
+        return made
+
+    def _clear(self) -> None:
+        self._histories.clear()
+        self._popularity.clear()
+        self._popular.clear()
+
+    # -- events
+
+    def _apply(self, decoded: Sequence[EventBatch], made: Made) -> dict[UserKey, Touched]:
+        """Apply events to histories and popularity; returns what they touched."""
+        keys = [
+            [UserKey(event.user_id, event.surface) for event in batch.events] for batch in decoded
+        ]
+        histories = self._histories.load(key for own in keys for key in own)
+        touched: dict[UserKey, Touched] = {}
+        outcomes: Counter[tuple[Surface, str, str]] = Counter()
+        for batch, own in zip(decoded, keys, strict=True):
+            made.rejected += batch.rejected
+            counted: dict[Surface, list[Event]] = {}
+            for event, key in zip(batch.events, own, strict=True):
+                history = histories[key]
+                try:
+                    outcome: str = history.apply(event)
+                except Exception as error:
+                    # One event must never stop the stream.
+                    log.exception("event_failed surface=%s", event.surface.value)
+                    outcome = "failed"
+                    made.rejected.append(_failed(batch, event, error))
+                else:
+                    # A repeat is written again too: its first effects may never have arrived.
+                    touched[key] = Touched(history, event)
+                    counted.setdefault(event.surface, []).append(event)
+                    if event.text:
+                        self._note_text(event, event.text, made)
+                outcomes[event.surface, event.event_type, outcome] += 1
+            for surface, events in counted.items():
+                place = PartitionKey(surface, batch.records.topic, batch.records.partition)
+                self._table(place).add(events)
+        for labels, count in outcomes.items():
+            self._metrics.events.labels(*labels).inc(count)
+        return touched
+
+    def _table(self, place: PartitionKey) -> PopularityTable:
+        table = self._popularity.get(place)
+        if table is None:
+            fresh = table = PopularityTable(
+                half_life_ms=int(self._settings.popularity_half_life_s * 1000),
+                max_items=self._settings.popularity_max_items,
+            )
+            self._redis("read_popularity", lambda: self._cache.read_popularity(place, fresh))
+            self._popularity[place] = table
+        return table
+
+    # -- items that the model has not seen
+
+    def _note_text(self, event: Event, text: str, made: Made) -> None:
+        """Keep the text of an item that the serving model does not know."""
+        bundle = self._models.serving(event.surface)
+        if bundle is None or bundle.text is None or event.item_id in bundle.index:
+            return
+        if self._cold[event.surface].note(event.item_id, text, time.time()):
+            made.cold_items.setdefault(event.surface, {})[event.item_id] = text[:MAX_TEXT_CHARS]
+
+    def _share_cold_items(self) -> None:
+        """Take in the cold items that other workers saw, and those from before a restart."""
+        now = time.monotonic()
+        if now < self._cold_read_at or not self._settings.cold_items_max:
+            return
+        self._cold_read_at = now + self._settings.cold_items_poll_s
+        now_s = time.time()
+        try:
+            for surface, cold in self._cold.items():
+                cold.expire(now_s)
+                bundle = self._models.serving(surface)
+                if bundle is None or bundle.text is None:
+                    continue
+                for found in self._cache.read_cold_items(surface, self._cold_since_s[surface]):
+                    cold.note(*found)
+                self._cold_since_s[surface] = now_s - CLOCK_SKEW_S
+        except REDIS_FAILURES as error:
+            self._metrics.redis_errors.labels("read_cold_items").inc()
+            log.warning("cold_items_unread error=%r", error)
+
+    def _cold_index(self, surface: Surface, bundle: Bundle) -> ColdIndex | None:
+        """Cold items with a vector of `bundle`; None where there are none."""
+        cold = self._cold[surface]
+        if bundle.text is None or not len(cold):
+            return None
+        texts = cold.without_vector(bundle)
+        if texts:
+            try:
+                vectors = bundle.text.encode(list(texts.values()))
+            except Exception:
+                log.exception("text_failed version=%s", bundle.manifest.version)
+                self._metrics.inference_errors.labels(surface.value).inc()
+                return None
+            cold.add_vectors(list(texts), vectors)
+        self._metrics.cold_items.labels(surface.value).set(
+            0 if cold.index is None else len(cold.index)
+        )
+        return cold.index
+
+    # -- lists
+
+    def _recommend(
+        self, surface: Surface, users: dict[UserKey, Touched]
+    ) -> dict[UserKey, Recommendations]:
+        """Lists for `users`, all of one surface: by the model where it can, else by popularity."""
+        recommender = self._recommenders[surface]
+        names = [key.user_id for key in users]
+        histories = [one.history for one in users.values()]
+        # Taken once: a swap in the middle must not mix two versions' item indexes.
+        bundle = self._models.serving(surface)
+        ranked: dict[int, Ranked] = {}
+        version = FALLBACK_VERSION
+        if bundle is not None:
+            version = bundle.manifest.reference
+            ranked = self._rank(recommender, surface, bundle, names, histories)
+        popular = self._most_popular(surface) if len(ranked) < len(names) else []
+        now_ms = int(time.time() * 1000)
+        lists = {}
+        with self._stage("filter"):
+            for at, (key, one) in enumerate(users.items()):
+                by_model = at in ranked
+                items, scores = (
+                    ranked[at]
+                    if by_model
+                    else recommender.popular(key.user_id, one.history, popular)
+                )
+                event = one.event
+                lists[key] = Recommendations(
+                    user_id=key.user_id,
+                    surface=surface,
+                    items=items,
+                    scores=scores,
+                    model_version=version if by_model else FALLBACK_VERSION,
+                    source="model" if by_model else "fallback",
+                    generated_at_ms=now_ms,
+                    origin=Origin(event.topic, event.partition, event.offset),
+                )
+        return lists
+
+    def _rank(
+        self,
+        recommender: Recommender,
+        surface: Surface,
+        bundle: Bundle,
+        users: Sequence[str],
+        histories: Sequence[History],
+    ) -> dict[int, Ranked]:
+        """Lists by place in `users`, for those that the model can score; none where it failed."""
+        cold = self._cold_index(surface, bundle)
+        try:
+            lists = recommender.rank(bundle, users, histories, cold)
+        except Exception:
+            log.exception("inference_failed version=%s", bundle.manifest.version)
+            self._metrics.inference_errors.labels(surface.value).inc()
+            return {}
+        stage_seconds = self._metrics.stage_seconds
+        stage_seconds.labels("score").observe(lists.score_s)
+        stage_seconds.labels("filter").observe(lists.filter_s)
+        if cold is not None:
+            self._metrics.cold_recommended.labels(surface.value).inc(
+                sum(
+                    item not in bundle.index for items, _ in lists.ranked.values() for item in items
+                )
+            )
+        return lists.ranked
+
+    def _most_popular(self, surface: Surface) -> list[tuple[str, float]]:
+        """Candidates of the fallback: enough to fill a list after the longest history."""
+        known = self._popular.get(surface)
+        now = time.monotonic()
+        if known is None or now - known[0] > POPULAR_REFRESH_S:
+            tables = [
+                table.weights
+                for place, table in self._popularity.items()
+                if place.surface is surface
+            ]
+            count = self._settings.top_k + 2 * self._settings.history_length
+            known = self._popular[surface] = (now, most_popular(tables, count))
+        return known[1]
+
+    # -- Redis
+
+    def _write(
+        self, touched: dict[UserKey, Touched], lists: dict[UserKey, Recommendations], made: Made
+    ) -> None:
+        """Write histories, lists, popularity and cold items."""
+        encoded = {key: encode(one) for key, one in lists.items()}
+        histories = self._histories.stored(touched)
+        popularity = {
+            place: table.copy_changes()
+            for place, table in self._popularity.items()
+            if table.changed or table.removed
+        }
+        self._redis(
+            "write_batch",
+            lambda: self._cache.write_batch(
+                histories=histories,
+                recommendations=encoded,
+                popularity=popularity,
+                cold_items=made.cold_items,
+            ),
+        )
+        self._histories.trim()
+        made.lists = list(zip(lists.values(), encoded.values(), strict=True))
+
+    def _read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
+        return self._redis("read_histories", lambda: self._cache.read_histories(keys))
+
+    def _redis(self, name: str, operation: Callable[[], T]) -> T:
+        return until_it_works_or_stops(
+            operation,
+            name=name,
+            failures=REDIS_FAILURES,
+            stopping=self._stopping,
+            on_failure=self._metrics.redis_errors.labels(name).inc,
+        )
+
+    def _stage(self, name: str) -> AbstractContextManager[object]:
+        return self._metrics.stage_seconds.labels(name).time()
+
+
+def _by_surface(touched: dict[UserKey, Touched]) -> dict[Surface, dict[UserKey, Touched]]:
+    grouped: dict[Surface, dict[UserKey, Touched]] = {}
+    for key, one in touched.items():
+        grouped.setdefault(key.surface, {})[key] = one
+    return grouped
+
+
+def _failed(batch: EventBatch, event: Event, error: Exception) -> Rejected:
+    row = batch.records.offsets.index(event.offset)
+    return Rejected(batch.records.at(row), Reason.PROCESSING_FAILED, repr(error))
