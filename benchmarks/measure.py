@@ -29,8 +29,6 @@ from worker.local.redis_server import RedisServer
 _FIRST = 500
 _START_S = 120.0
 #: A steady rate's last lists may take this long beyond the last event.
-#: The broker is warm when a window takes it more than this share of the one before.
-_WARM, _WARM_S, _WARM_WINDOWS, _WARM_RATE = 0.95, 5.0, 12, 4000.0
 _GRACE_S = 20.0
 #: The broker is warm when a window takes it more than this share of the one before.
 _WARM, _WARM_S, _WARM_WINDOWS, _WARM_RATE = 0.95, 5.0, 12, 4000.0

@@ -118,7 +118,7 @@ def recommend(user: str, surface: str, explain: bool, text: bool, **flags: Any) 
     from worker.readable import as_text  # noqa: PLC0415
 
     settings = load_settings(**flags)
-    cached = asyncio.run(read_cached(settings, user, surface))
+    cached = read_cached(settings, user, surface)
     if cached is None:
         click.echo(
             f"streamrec: nothing is cached for user {user!r} on {surface}: no event of theirs has"

@@ -89,7 +89,7 @@ def run_demo(
                 worker.start()
         click.echo("\n" + "\n".join(f"  {name:<22} {value}" for name, value in rows))
         user = show_user or replay[-1].user_id
-        asyncio.run(_show_user(settings, replay, data, user))
+        _show_user(settings, replay, data, user)
         if keep:
             _wait_until_stopped(broker.bootstrap, redis.url, worker)
     shutil.rmtree(directory, ignore_errors=True)
@@ -338,8 +338,8 @@ def _latency(samples: list[tuple[str, Mapping[str, str], float]]) -> str:
     return ", ".join(shown)
 
 
-async def _show_user(settings: Settings, replay: list[UserEvent], data: Ml100k, user: str) -> None:
-    found = await cached_recommendations(settings, user, Surface.POSTS.value)
+def _show_user(settings: Settings, replay: list[UserEvent], data: Ml100k, user: str) -> None:
+    found = cached_recommendations(settings, user, Surface.POSTS.value)
     history = [event.item_id for event in replay if event.user_id == user]
     click.echo(f"\nuser {user} last rated")
     for item in history[-5:]:

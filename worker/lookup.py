@@ -47,7 +47,7 @@ class Cached:
         return dict(msgspec.to_builtins(self.recommendations))
 
 
-async def read_cached(settings: Settings, user_id: str, surface: str) -> Cached | None:
+def read_cached(settings: Settings, user_id: str, surface: str) -> Cached | None:
     """What is cached for a user; None where no recommendations are.
 
     Raises:
@@ -71,16 +71,14 @@ async def read_cached(settings: Settings, user_id: str, surface: str) -> Cached 
     return None if found is None else Cached(found, history)
 
 
-async def cached_recommendations(
-    settings: Settings, user_id: str, surface: str
-) -> dict[str, Any] | None:
+def cached_recommendations(settings: Settings, user_id: str, surface: str) -> dict[str, Any] | None:
     """The recommendations cached for a user, as builtins; None where there are none.
 
     Raises:
         SettingsError: there is no such surface.
         CacheError: Redis does not answer.
     """
-    cached = await read_cached(settings, user_id, surface)
+    cached = read_cached(settings, user_id, surface)
     return None if cached is None else cached.as_builtins()
 
 
