@@ -18,7 +18,8 @@ Contract:
   partitions are given up, and at a stop. A failed commit is retried; it never crashes the worker.
 - At most `max_in_flight_events` events (and one fetch more) are unfinished; beyond that fetching
   stops until some are finished.
-- One fetch follows each time that the receiver sets `demand`, that is when it has nothing to do.
+- One fetch follows each time that the receiver sets `demand`, that is when it has nothing to do;
+  and one follows where nothing that was handed over is in flight.
   Meanwhile records gather at the broker, so that one fetch brings many. (Fetching on regardless, a
   loaded worker spends more time on fetches of a few records than on the records.) Two fetches are
   at least `min_interval_s` apart.
@@ -189,7 +190,11 @@ class BatchConsumer(driver.Consumer):
 
     async def _wait_for_demand(self, fetcher: Any) -> None:
         demand = self.transport.demand
-        while not (demand.is_set() or self.should_stop or fetcher.should_stop):
+        # A rebalance drops what is on the channel (Faust clears its queues): then the receiver
+        # never sees what was to answer its demand, and does not ask again. Nothing is in flight.
+        while self.tracker.in_flight and not (
+            demand.is_set() or self.should_stop or fetcher.should_stop
+        ):
             await _set_within(demand, 1.0)
         early_s = self._read_at + self.transport.min_interval_s - time.monotonic()
         if early_s > 0:

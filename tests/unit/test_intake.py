@@ -121,21 +121,38 @@ def test_twice_in_a_row_as_well() -> None:
 def test_one_fetch_follows_each_demand() -> None:
     consumer = Consumer()
     consumer.wants_more = False
-    consumer.transport.demand.clear()
 
     async def drain() -> None:
         task = asyncio.create_task(consumer._drain_messages(SimpleNamespace(should_stop=False)))
         await asyncio.sleep(0.05)
-        assert consumer.position_ == 0
+        assert consumer.fetches == 1
         consumer.transport.demand.set()
         await asyncio.sleep(0.05)
-        assert consumer.fetches == 1
+        assert consumer.fetches == 2
         consumer.wants_more = True
         consumer.transport.demand.set()
         await asyncio.wait_for(task, timeout=10)
 
     asyncio.run(drain())
     assert consumer.handed_over == list(LOG)
+
+
+def test_reading_goes_on_after_a_rebalance_took_back_what_was_to_answer_the_demand() -> None:
+    consumer = Consumer()
+    consumer.wants_more = False
+
+    async def rebalance() -> None:
+        task = asyncio.create_task(consumer._drain_messages(SimpleNamespace(should_stop=False)))
+        await asyncio.sleep(0.05)
+        # Faust has cleared the channel, so that nobody starts the batch or demands another.
+        consumer._batches.clear()
+        consumer.tracker.forget()
+        consumer.position_ = 0
+        consumer.wants_more = True
+        await asyncio.wait_for(task, timeout=10)
+
+    asyncio.run(rebalance())
+    assert consumer.handed_over == [0, 1, *LOG]
 
 
 def test_fetches_keep_their_distance() -> None:
