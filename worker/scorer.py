@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from worker.bundle import Bundle
 from worker.cold_items import ColdIndex
 from worker.history import History
+from worker.session import MAX_RUN_ROWS
 
-#: Rows of one run: with more, what passes between the layers falls out of the processor's cache.
-RUN_ROWS = 64
 #: Longest piece that a recurrent model is fed from its carry; a longer one is as well made anew.
 MAX_STEPS = 16
 
@@ -73,7 +72,7 @@ class Inputs:
     #: Model indexes of each user's whole history, int32 `[batch, history length]`; 0 where the
     #: model does not know an item.
     windows: NDArray[np.int32]
-    #: Runs for all users that the model can score, of at most `RUN_ROWS`.
+    #: Runs for all users that the model can score, of at most `MAX_RUN_ROWS`.
     runs: list[Run]
 
 
@@ -157,8 +156,8 @@ def _packed(
 
 
 def _parts(run: Run) -> Iterator[Run]:
-    for start in range(0, len(run.rows), RUN_ROWS):
-        yield run.only(np.arange(start, min(start + RUN_ROWS, len(run.rows))))
+    for start in range(0, len(run.rows), MAX_RUN_ROWS):
+        yield run.only(np.arange(start, min(start + MAX_RUN_ROWS, len(run.rows))))
 
 
 def score(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from worker.bundle import Bundle
 from worker.events import Event, EventType, Surface
 from worker.history import History
-from worker.scorer import MAX_STEPS, RUN_ROWS, Inputs, model_inputs
+from worker.scorer import MAX_STEPS, Inputs, model_inputs
+from worker.session import MAX_RUN_ROWS
 
 LENGTH = 6
 INDEX = {name: number for number, name in enumerate("abcdefg", start=1)}
@@ -102,14 +103,14 @@ def test_a_user_with_too_little_known_is_in_no_run() -> None:
 
 
 def test_runs_are_small_and_hold_every_user_once() -> None:
-    count = 2 * RUN_ROWS + 3
+    count = 2 * MAX_RUN_ROWS + 3
     inputs = model_inputs([of("abc")] * count, model())
-    assert [len(run.rows) for run in inputs.runs] == [RUN_ROWS, RUN_ROWS, 3]
+    assert [len(run.rows) for run in inputs.runs] == [MAX_RUN_ROWS, MAX_RUN_ROWS, 3]
     assert [row for run in inputs.runs for row in run.rows.tolist()] == list(range(count))
 
 
 def test_where_the_model_takes_any_length_short_histories_are_run_together() -> None:
-    short, long = RUN_ROWS, RUN_ROWS + 1
+    short, long = MAX_RUN_ROWS, MAX_RUN_ROWS + 1
     histories = [of("a") if number % 2 else of("abc") for number in range(2 * short)]
     inputs = model_inputs([*histories, of("abcdef")], model(any_length=True))
     assert [run.history.shape for run in inputs.runs] == [(short, 1), (short, 3), (1, 4)]
