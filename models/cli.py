@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import click
 
-from models.commands import compress, publish, rankers, report, scale, search, text, train
+from models.commands import (
+    compress,
+    publish,
+    rankers,
+    releases,
+    report,
+    scale,
+    search,
+    sign,
+    text,
+    train,
+)
 
-_TOPICS = (train, compress, text, search, report, scale, rankers, publish)
+_TOPICS = (train, compress, text, search, report, scale, rankers, publish, releases, sign)
 
 
 @click.group(commands=[command for topic in _TOPICS for command in topic.COMMANDS])

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.dataset import padded
-from worker.bundle import MODEL_FILE, Bundle, Manifest, open_bundle
+from worker.bundle import Bundle, open_bundle
+from worker.manifest import MODEL_FILE, Manifest
 
 AT = 10
 #: Manifest fields that have a comparison of their own.

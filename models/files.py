@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from worker.bundle import write_durably
+from worker.bundle_files import write_durably
 
 
 def write_whole(path: Path, data: bytes) -> None:

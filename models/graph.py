@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from models.family import Params
-from worker.bundle import STATE, TensorSpec
 from worker.errors import StreamrecError
+from worker.manifest import STATE, TensorSpec
 
 OPSET = 21
 #: Names that compression and `read_params` look for.

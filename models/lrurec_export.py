@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from models.family import Params
 from models.graph import INPUT_SCALE, ITEM_TABLE, ForeignGraphError, Graph, Weights, floats
 from models.lrurec import Shape, recurrence
-from worker.bundle import CARRY, INPUTS, NEXT_CARRY, OUTPUTS, STATE, carry_spec
+from worker.manifest import CARRY, INPUTS, NEXT_CARRY, OUTPUTS, STATE, carry_spec
 
 NAME = "lrurec"
 #: The metadata that says how many items of a history are read: no weight depends on it.

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime
 
 from worker import __version__
-from worker.bundle import Manifest
+from worker.manifest import Manifest
 
 #: What a published manifest should have; docs/publish.md explains each.
 REQUIRED = ("data", "data_sha256", "commit", "streamrec", "onnxruntime")

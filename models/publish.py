@@ -5,7 +5,6 @@ A version is never overwritten: the same content again is a no-op, other content
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,12 @@ import msgspec
 
 from models.provenance import missing_provenance
 from models.stores import Store, VersionExistsError
-from worker.bundle import (
-    MANIFEST_FILE,
-    Finding,
-    Manifest,
-    check_bundle,
-    decode_manifest,
-)
+from worker.bundle_checks import Finding, check_bundle
 from worker.errors import BundleError
+from worker.manifest import MANIFEST_FILE, PART, SIGNATURE_FILE, Manifest, decode_manifest
 
 #: Key of the provenance that says what a renamed bundle was called before.
 RENAMED_FROM = "renamed_from"
-SIGNATURE_FILE = "manifest.sig"
-#: What a name or version may be: no separator of NAME@VERSION, of a URL, or of settings.
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
 
 class RefusedError(BundleError):
@@ -79,7 +70,7 @@ def publish(
     content = _renamed(original, name, version)
     manifest = decode_manifest(content, source / MANIFEST_FILE)
     for part, option in ((manifest.name, "--name"), (manifest.version, "--version")):
-        if not _PART.fullmatch(part):
+        if not PART.fullmatch(part):
             raise BundleError(
                 f"{part!r} cannot be published: it must be 1 to 128 letters, digits and . _ + -;"
                 f" choose another with {option}"

@@ -14,7 +14,7 @@ from onnx import ModelProto, numpy_helper
 from models.family import Params
 from models.graph import INPUT_SCALE, ITEM_TABLE, ForeignGraphError, Graph, Weights, floats
 from models.sasrec import Shape
-from worker.bundle import INPUTS, OUTPUTS, STATE
+from worker.manifest import INPUTS, OUTPUTS, STATE
 
 NAME = "sasrec"
 POSITIONS = "positions"

@@ -29,7 +29,8 @@ from models.family import Params
 from models.files import write_json
 from models.measure import BATCHES, Footprint, Latency, footprints, latencies
 from models.sasrec import Shape, init
-from worker.bundle import MODEL_FILE, Bundle, open_bundle, write_bundle
+from worker.bundle import Bundle, open_bundle, write_bundle
+from worker.manifest import MODEL_FILE
 
 NOTE = (
     "synthetic catalogues with Zipf popularity and random weights: speed, memory and recall only;"

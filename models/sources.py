@@ -19,10 +19,10 @@ from pathlib import Path
 
 import msgspec
 
-from models.errors import ExtraMissingError
 from models.events import BadRecords, EventLog, Events, SourceError, at_least
 from models.sources_records import read_jsonl
 from models.synthetic import synthetic_follows
+from worker.errors import ExtraMissingError
 from worker.events import EventType, Surface, UserEvent, parse_surface
 
 __all__ = ["Events", "SourceError", "at_least", "read_events", "write_jsonl"]

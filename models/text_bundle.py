@@ -22,8 +22,9 @@ from models.text_eval import (
     ways_to_compare,
 )
 from models.text_export import export_text, with_state
-from worker.bundle import MODEL_FILE, open_bundle, write_bundle
+from worker.bundle import open_bundle, write_bundle
 from worker.errors import BundleError
+from worker.manifest import MODEL_FILE
 from worker.text import TextEncoder
 
 _LAST_TENTH = 0.9

@@ -11,7 +11,7 @@ from onnx import TensorProto, checker, helper
 
 from models.graph import SCORE_NODE, Graph
 from models.text import Encoder, TextError
-from worker.bundle import STATE
+from worker.manifest import STATE
 
 OPSET = 20
 

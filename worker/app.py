@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import faust
@@ -14,16 +15,20 @@ from faust.types import TP
 from yarl import URL
 
 from worker.cache import REDIS_FAILURES, Cache
+from worker.decider import Decider
 from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, batch_consumer
 from worker.metrics import Metrics
 from worker.models import Models
 from worker.outbox import Outbox
-from worker.pipeline import Pipeline
+from worker.pipeline import KAFKA_FAILURES, Pipeline
 from worker.processor import Processor
+from worker.registry import open_registry
+from worker.release_channel import follow_releases
 from worker.rules import Rules, read_rules
-from worker.scorer import RUN_ROWS
+from worker.session import MAX_RUN_ROWS
 from worker.settings import Settings
+from worker.signing import parse_public_key
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class StreamrecApp(faust.App):
     settings: Settings
     pipeline: Pipeline
     models: Models
+    decider: Decider
     metrics: Metrics
     health: Health
     cache: Cache
@@ -58,11 +64,18 @@ def create_app(settings: Settings) -> StreamrecApp:
     """
     metrics = Metrics()
     health = Health(stall_timeout_s=settings.stall_timeout_s)
+    registry = open_registry(settings.registry, settings.registry_mirror_dir)
+    budget_mb = settings.model_memory_mb
     models = Models(
-        settings.registry,
+        registry,
         settings.models_by_surface,
         inference_threads=settings.inference_threads,
-        warmup_batches=(1, RUN_ROWS),
+        warmup_batches=(1, MAX_RUN_ROWS),
+        shadow_share=settings.shadow_share,
+        memory_budget_bytes=None if budget_mb is None else int(budget_mb * 1e6),
+        public_keys=[
+            parse_public_key(key) for key in settings.public_keys.split(",") if key.strip()
+        ],
         metrics=metrics,
     )
     models.load_all()
@@ -114,11 +127,18 @@ def create_app(settings: Settings) -> StreamrecApp:
         processor.forget()
 
     processor = Processor(settings, cache=cache, models=models, rules=rules, metrics=metrics)
+    outbox = Outbox(lambda: app.producer)
     app.pipeline = pipeline = Pipeline(
+        settings, processor=processor, outbox=outbox, metrics=metrics
+    )
+    app.decider = Decider(
         settings,
-        processor=processor,
-        outbox=Outbox(lambda: app.producer),
+        models=models,
+        registry=registry,
+        cache=cache,
+        outbox=outbox,
         metrics=metrics,
+        kafka_failures=KAFKA_FAILURES,
     )
     app.transport = BatchTransport(
         app.conf.broker,
@@ -170,12 +190,34 @@ class Background(mode.Service):
 
     @mode.Service.task
     async def _refresh_models(self) -> None:
+        models = self._app.models
         while not self.should_stop:
-            await self.sleep(self._settings.registry_poll_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(models.pushed.wait(), self._settings.registry_poll_s)
             try:
-                await self._app.models.refresh()
+                await models.refresh()
             except Exception:
                 log.exception("model_refresh_failed")
+
+    @mode.Service.task
+    async def _follow_releases(self) -> None:
+        if self._settings.releases_topic:
+            await follow_releases(
+                self._settings.kafka, self._settings.releases_topic, self._app.models.note
+            )
+
+    @mode.Service.task
+    async def _decide(self) -> None:
+        first = TP(self._settings.events_topic, 0)
+        while not self.should_stop:
+            await self.sleep(self._settings.gate_interval_s)
+            try:
+                if first in batch_consumer(self._app).assignment():
+                    await self._app.decider.look()
+                else:
+                    self._app.decider.rest()
+            except Exception:
+                log.exception("decision_failed")
 
     @mode.Service.task
     async def _beat(self) -> None:

@@ -1,10 +1,10 @@
-"""The shell around Redis: recommendations, histories, popularity and the texts of cold items, one
-round trip a batch.
+"""The shell around Redis: recommendations, histories, popularity, tallies of trials and the texts
+of cold items, one round trip a batch.
 
 Keys (docs/design.md): `rec:{<user>}:<surface>`, `hist:{<user>}:<surface>`,
-`pop:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`. User ids are percent-encoded, so that
-none can reach another's key; the braces keep one user's keys in one Redis Cluster slot. No command
-touches more than one key.
+`pop:{<surface>}:<topic>:<partition>`, `trial:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`.
+User ids are percent-encoded, so that none can reach another's key; the braces keep one user's keys
+in one Redis Cluster slot. No command touches more than one key.
 
 Commands are packed once for a whole batch and their replies read over one connection of redis-py's
 synchronous client: its pipelines, the asynchronous ones above all, take several times as long to
@@ -82,6 +82,11 @@ def popularity_key(key: PartitionKey) -> str:
     return f"pop:{{{key.surface.value}}}:{_escaped(key.topic)}:{key.partition}"
 
 
+def tally_key(key: PartitionKey) -> str:
+    """Redis key of what a partition's users did with what they were served."""
+    return f"trial:{{{key.surface.value}}}:{_escaped(key.topic)}:{key.partition}"
+
+
 def cold_items_key(surface: Surface) -> str:
     """Redis key of the texts of a surface's cold items."""
     return f"cold:{{{surface.value}}}"
@@ -140,9 +145,14 @@ class Cache:
         """Raise unless Redis answers and takes commands."""
         self._run([("PING",)])
 
-    def read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
-        """Stored histories, in the order of `keys`; None where there is none."""
-        return cast(list[bytes | None], self._run([("GET", history_key(key)) for key in keys]))
+    def read_users(self, keys: Sequence[UserKey]) -> list[tuple[bytes | None, bytes | None]]:
+        """Stored history and recommendations of each of `keys`, in order; None where there is no
+        such key."""
+        commands: list[Command] = []
+        for key in keys:
+            commands += (("GET", history_key(key)), ("GET", recommendation_key(key)))
+        found = self._run(commands)
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def write_batch(
         self,
@@ -151,11 +161,13 @@ class Cache:
         recommendations: Mapping[UserKey, bytes],
         popularity: Mapping[PartitionKey, PopularityTable],
         cold_items: Mapping[Surface, Mapping[str, str]] | None = None,
+        tallies: Mapping[PartitionKey, bytes] | None = None,
     ) -> None:
         """Write all effects of a batch in one round trip; repeating it changes nothing.
 
         Args:
             recommendations: as `encode` gives them.
+            tallies: of trials; written after the histories that they count.
         """
         commands: list[Command] = [
             ("SET", history_key(key), data, "EX", self._history_ttl_s)
@@ -184,6 +196,8 @@ class Cache:
                 ("ZREMRANGEBYRANK", name, 0, -self._cold_items_max - 1),
                 ("EXPIRE", name, self._cold_items_ttl_s),
             ]
+        for place, data in (tallies or {}).items():
+            commands.append(("SET", tally_key(place), data, "EX", self._history_ttl_s))
         self._run(commands)
 
     def _popularity_commands(self, name: str, table: PopularityTable) -> list[Command]:
@@ -208,6 +222,10 @@ class Cache:
         offset, _, record_time_ms = stored.get(_OFFSET_FIELD, b"-1:-1").partition(b":")
         into.offset, into.record_time_ms = int(offset), int(record_time_ms)
 
+    def read_tallies(self, keys: Sequence[PartitionKey]) -> list[bytes | None]:
+        """What the users of partitions did with what they were served; None where none is known."""
+        return self._run([("GET", tally_key(key)) for key in keys])
+
     def read_cold_items(self, surface: Surface, since_s: float) -> list[tuple[str, str, float]]:
         """Id, text and Unix time of the cold items that any worker saw first after `since_s`."""
         since_s = max(since_s, time.time() - self._cold_items_ttl_s)
@@ -220,11 +238,6 @@ class Cache:
             with suppress(msgspec.MsgspecError):
                 read.append((*_DECODE_COLD_ITEM(member), seen_s))
         return read
-
-    def read_recommendations(self, key: UserKey) -> Recommendations | None:
-        """What is served to this user now."""
-        (data,) = self._run([("GET", recommendation_key(key))])
-        return None if data is None else _DECODE_RECOMMENDATIONS(data)
 
     def close(self) -> None:
         """Close the connections."""
@@ -254,6 +267,11 @@ class Cache:
 def encode(recommendations: Recommendations) -> bytes:
     """The JSON that is cached and published."""
     return _ENCODE(recommendations)
+
+
+def decode(data: bytes) -> Recommendations:
+    """The recommendations in such JSON."""
+    return _DECODE_RECOMMENDATIONS(data)
 
 
 def _item_field(item: str) -> bytes:

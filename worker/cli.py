@@ -116,6 +116,7 @@ def recommend(user: str, surface: str, explain: bool, text: bool, **flags: Any) 
     """
     from worker.lookup import explanations, read_cached  # noqa: PLC0415
     from worker.readable import as_text  # noqa: PLC0415
+    from worker.registry import open_registry  # noqa: PLC0415
 
     settings = load_settings(**flags)
     cached = read_cached(settings, user, surface)
@@ -128,7 +129,8 @@ def recommend(user: str, surface: str, explain: bool, text: bool, **flags: Any) 
         sys.exit(1)
     found = cached.as_builtins()
     if explain:
-        found["explanations"] = explanations(cached, settings.registry)
+        registry = open_registry(settings.registry, settings.registry_mirror_dir)
+        found["explanations"] = explanations(cached, registry)
     click.echo(as_text(found) if text else json.dumps(found, indent=2, ensure_ascii=False))
 
 
@@ -139,8 +141,10 @@ def validate(bundle: Path) -> None:
 
     Exit code 66 where it has errors; warnings alone pass.
     """
-    from worker.bundle import check_bundle, metric_summary, read_manifest  # noqa: PLC0415
+    from worker.bundle_checks import check_bundle  # noqa: PLC0415
+    from worker.bundle_files import read_manifest  # noqa: PLC0415
     from worker.errors import BundleError  # noqa: PLC0415
+    from worker.manifest import metric_summary  # noqa: PLC0415
 
     findings = check_bundle(bundle)
     for finding in findings:

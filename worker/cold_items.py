@@ -6,7 +6,7 @@ the same space, so that it is scored like any other item until a newer model kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,8 @@ class ColdIndex:
 class ColdItems:
     """The texts of one surface's cold items, at most `max_items`, and their vectors.
 
-    Texts are kept apart from vectors: a model swap makes new vectors, and may make items warm (or
-    cold again, when it is taken back).
+    Texts are kept apart from vectors: each bundle that serves has vectors of its own, and what is
+    cold for one may be warm for another.
 
     Args:
         max_items: beyond it, the tenth that came first goes. With `MAX_TEXT_CHARS` of text each it
@@ -57,11 +57,8 @@ class ColdItems:
         self._ttl_s = ttl_s
         #: Text and when it was first seen (Unix time), in order of coming.
         self._texts: dict[str, tuple[str, float]] = {}
-        #: Items that still need a vector from the bundle at `_path`.
-        self._pending: dict[str, str] = {}
-        self._path: Path | None = None
-        #: Items with a vector; None where there are none.
-        self.index: ColdIndex | None = None
+        #: By path of the bundle.
+        self._views: dict[Path, _View] = {}
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -72,7 +69,8 @@ class ColdItems:
             return False
         text = text[:MAX_TEXT_CHARS]
         self._texts[item] = (text, seen_s)
-        self._pending[item] = text
+        for view in self._views.values():
+            view.pending[item] = text
         if len(self._texts) > self._max_items:
             self._forget(list(self._texts)[: 1 + self._max_items // 10])
         return True
@@ -85,33 +83,60 @@ class ColdItems:
     def _forget(self, items: Sequence[str]) -> None:
         for item in items:
             del self._texts[item]
-            self._pending.pop(item, None)
-        if items and self.index is not None:
-            kept = [at for at, item in enumerate(self.index.items) if item in self._texts]
-            self.index = (
-                ColdIndex(tuple(self.index.items[at] for at in kept), self.index.vectors[kept])
-                if kept
-                else None
-            )
+        for view in self._views.values():
+            for item in items:
+                view.pending.pop(item, None)
+            index = view.index
+            if items and index is not None:
+                kept = [at for at, item in enumerate(index.items) if item in self._texts]
+                view.index = (
+                    ColdIndex(tuple(index.items[at] for at in kept), index.vectors[kept])
+                    if kept
+                    else None
+                )
+
+    def keep(self, bundles: Iterable[Bundle]) -> None:
+        """Drop the vectors of all other bundles."""
+        paths = {bundle.path for bundle in bundles}
+        for path in self._views.keys() - paths:
+            del self._views[path]
+
+    def index(self, bundle: Bundle) -> ColdIndex | None:
+        """Items with a vector of `bundle`; None where there are none."""
+        view = self._views.get(bundle.path)
+        return None if view is None else view.index
 
     def without_vector(self, bundle: Bundle) -> dict[str, str]:
         """Texts by item that `bundle` has to encode before `index` is complete."""
-        if bundle.path != self._path:
-            self._path, self.index = bundle.path, None
-            self._pending = {item: text for item, (text, _) in self._texts.items()}
-        known = [item for item in self._pending if item in bundle.index]
+        view = self._views.get(bundle.path)
+        if view is None:
+            texts = {item: text for item, (text, _) in self._texts.items()}
+            view = self._views[bundle.path] = _View(texts)
+        known = [item for item in view.pending if item in bundle.index]
         for item in known:
-            del self._pending[item]
-        return dict(self._pending)
+            del view.pending[item]
+        return dict(view.pending)
 
-    def add_vectors(self, items: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """Take in what the bundle made of `without_vector`: float32 `[items, width]`."""
+    def add_vectors(
+        self, bundle: Bundle, items: Sequence[str], vectors: NDArray[np.float32]
+    ) -> None:
+        """Take in what `bundle` made of `without_vector`: float32 `[items, width]`."""
+        view = self._views[bundle.path]
         for item in items:
-            self._pending.pop(item, None)
+            view.pending.pop(item, None)
         # Some may have gone while they were encoded.
         kept = [at for at, item in enumerate(items) if item in self._texts]
         items, vectors = [items[at] for at in kept], vectors[kept]
-        if self.index is not None:
-            items = (*self.index.items, *items)
-            vectors = np.concatenate([self.index.vectors, vectors])
-        self.index = ColdIndex(tuple(items), vectors) if items else None
+        if view.index is not None:
+            items = (*view.index.items, *items)
+            vectors = np.concatenate([view.index.vectors, vectors])
+        view.index = ColdIndex(tuple(items), vectors) if items else None
+
+
+@dataclass(slots=True)
+class _View:
+    """Cold items as one bundle sees them."""
+
+    #: Texts of items that still need a vector.
+    pending: dict[str, str]
+    index: ColdIndex | None = None

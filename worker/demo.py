@@ -19,7 +19,8 @@ import click
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.bundle import open_bundle, read_manifest
+from worker.bundle import open_bundle
+from worker.bundle_files import read_manifest
 from worker.errors import LocalPartError
 from worker.events import Surface, UserEvent
 from worker.local.kafka import KafkaBroker
@@ -31,7 +32,7 @@ from worker.local.tansu import TansuBroker
 from worker.local.topics import read_topic
 from worker.lookup import cached_recommendations
 from worker.ranking import Recommendations
-from worker.registry import find, promote, versions
+from worker.registry import LocalRegistry
 from worker.replay import ml100k_events, send_events
 from worker.settings import Settings, load_settings
 
@@ -60,9 +61,9 @@ def run_demo(
             parts.enter_context(part)
         registry = _copy_registry(directory / "registry")
         fp32, small = _fp32_and_smallest(registry)
-        promote(registry, NAME, fp32)
+        LocalRegistry(registry).promote(NAME, fp32)
         settings = load_settings(
-            kafka=broker.bootstrap, redis=redis.url, registry=registry, create_topics=True
+            kafka=broker.bootstrap, redis=redis.url, registry=str(registry), create_topics=True
         )
         worker = Worker(directory, settings, group="streamrec-demo")
         parts.callback(worker.stop)
@@ -196,7 +197,7 @@ async def _replay_and_swap(
         # The replay goes on meanwhile: this is a hot swap.
         while await asyncio.to_thread(worker.total, "streamrec_events") < half:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(promote, registry, NAME, small)
+        await asyncio.to_thread(LocalRegistry(registry).promote, NAME, small)
         while not await asyncio.to_thread(worker.total, "streamrec_model_info", version=small):
             await asyncio.sleep(0.05)
         swap.swapped_after = int(await asyncio.to_thread(worker.total, "streamrec_events"))
@@ -291,7 +292,7 @@ def time_backlog(
             seconds = worker.total("streamrec_busy_seconds")
         finally:
             worker.stop()
-        bundle = open_bundle(find(settings.registry, NAME, version))
+        bundle = open_bundle(LocalRegistry(Path(settings.registry)).path(NAME, version))
         plain = asyncio.run(
             run_plain_loop(own, bundle, limit=min(plain_events, count), group=f"plain-{tag}")
         )
@@ -366,7 +367,7 @@ def _wait_until_stopped(bootstrap: str, redis_url: str, worker: Worker) -> None:
 
 
 def _copy_registry(target: Path) -> Path:
-    source = load_settings().registry
+    source = Path(load_settings().registry)
     if not source.is_dir():
         # Installed from a wheel, or started elsewhere: the bundles lie beside the package.
         source = Path(__file__).parent.parent / "models" / "shipped"
@@ -376,7 +377,7 @@ def _copy_registry(target: Path) -> Path:
 
 def _fp32_and_smallest(registry: Path) -> tuple[str, str]:
     """The float32 version, and the most compressed one made from it."""
-    found = versions(registry, NAME)
+    found = LocalRegistry(registry).versions(NAME)
     fp32 = next(version for version in reversed(found) if version.endswith("fp32"))
     return fp32, min(found, key=lambda version: _size(registry / NAME / version))
 

@@ -1,5 +1,5 @@
-"""Is the worker alive, is it ready; and `/metrics`. Served by a thread of its own, so that it
-answers while the event loop is stuck, and can say so.
+"""Is the worker alive and ready; `/metrics`; `/model`: what serves. Served by a thread of its own,
+so that it answers while the event loop is stuck, and can say so.
 
 `/livez` watches progress, not existence: Faust's known way to die is to stop consuming while the
 process looks well (faust-streaming/faust#175). With events waiting and none finished for
@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -71,15 +72,25 @@ class Health:
 
 
 class HealthServer:
-    """Serves `/livez`, `/readyz` and `/metrics`, read-only.
+    """Serves `/livez`, `/readyz`, `/metrics` and `/model`, read-only.
+
+    Args:
+        describe: what `/model` answers, as builtins.
 
     Raises:
         SettingsError: the address cannot be bound.
     """
 
-    def __init__(self, health: Health, registry: CollectorRegistry, host: str, port: int) -> None:
+    def __init__(
+        self,
+        health: Health,
+        registry: CollectorRegistry,
+        describe: Callable[[], object],
+        host: str,
+        port: int,
+    ) -> None:
         try:
-            self._server = ThreadingHTTPServer((host, port), _handler(health, registry))
+            self._server = ThreadingHTTPServer((host, port), _handler(health, registry, describe))
         except OSError as error:
             raise SettingsError(
                 f"STREAMREC_HTTP_HOST, STREAMREC_HTTP_PORT: cannot listen on {host}:{port}:"
@@ -122,7 +133,9 @@ def watch(health: Health, stopping: threading.Event) -> None:
     threading.Thread(target=run, name="streamrec-watchdog", daemon=True).start()
 
 
-def _handler(health: Health, registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:
+def _handler(
+    health: Health, registry: CollectorRegistry, describe: Callable[[], object]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         server_version = "streamrec"
         sys_version = ""
@@ -132,6 +145,8 @@ def _handler(health: Health, registry: CollectorRegistry) -> type[BaseHTTPReques
             path = self.path.partition("?")[0]
             if path == "/metrics":
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+            elif path == "/model":
+                self._answer(200, "application/json", json.dumps(describe()).encode() + b"\n")
             elif path == "/livez":
                 reason = health.stalled(time.monotonic())
                 self._status(200 if reason is None else 500, [] if reason is None else [reason])
@@ -139,7 +154,7 @@ def _handler(health: Health, registry: CollectorRegistry) -> type[BaseHTTPReques
                 missing = health.not_ready()
                 self._status(503 if missing else 200, missing)
             else:
-                self._status(404, ["known paths: /metrics, /livez, /readyz"])
+                self._status(404, ["known paths: /metrics, /model, /livez, /readyz"])
 
         def _status(self, code: int, problems: list[str]) -> None:
             body = json.dumps({"ok": code == 200, "problems": problems}).encode() + b"\n"

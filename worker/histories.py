@@ -11,17 +11,23 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from worker.cache import UserKey
-from worker.history import History
+from worker.history import History, Shown
 from worker.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Read = Callable[[Sequence[UserKey]], list[bytes | None]]
+#: Stored history and recommendations of each user.
+Read = Callable[[Sequence[UserKey]], list[tuple[bytes | None, bytes | None]]]
 
 #: What a history takes in memory beside its stored form, which is about as large as its columns:
 #: Python's own objects, and an item id as a string of its own. Measured (docs/design.md).
 MEMORY_PER_HISTORY = 1400
+#: The lists that the user was served; their items are the model's own strings, or read from Redis.
+MEMORY_PER_SHOWN = 64
+MEMORY_PER_SHOWN_ITEM = 40
 MEMORY_PER_ITEM = 28
 
 
@@ -51,7 +57,7 @@ class Histories:
 
     def _fetch(self, missing: Sequence[UserKey]) -> None:
         found = damaged = 0
-        for key, data in zip(missing, self._read(missing), strict=True):
+        for key, (data, recommendations) in zip(missing, self._read(missing), strict=True):
             if data is None:
                 self._cached[key] = History(self._length)
                 continue
@@ -64,6 +70,7 @@ class Histories:
                 damaged += 1
                 continue
             found += 1
+            self._cached[key].served = _shown(recommendations)
             self._resize(key, len(data))
         reads = self._metrics.history_reads
         reads.labels("redis").inc(found)
@@ -95,6 +102,9 @@ class Histories:
         history = self._cached[key]
         size = MEMORY_PER_HISTORY + stored_bytes + MEMORY_PER_ITEM * len(history.items)
         size += len(history.window) + len(history.carry or b"")
+        for shown in (history.served, history.beside):
+            if shown is not None:
+                size += MEMORY_PER_SHOWN + MEMORY_PER_SHOWN_ITEM * len(shown.items)
         self._total_bytes += size - self._bytes.get(key, 0)
         self._bytes[key] = size
 
@@ -102,3 +112,24 @@ class Histories:
         while self._cached and self._total_bytes > self._max_bytes:
             key, _ = self._cached.popitem(last=False)
             self._total_bytes -= self._bytes.pop(key, 0)
+
+
+class _Served(msgspec.Struct, gc=False):
+    """What is wanted of stored recommendations."""
+
+    model_version: str
+    items: tuple[str, ...]
+
+
+_DECODE_SERVED = msgspec.json.Decoder(_Served).decode
+
+
+def _shown(recommendations: bytes | None) -> Shown | None:
+    """The list in stored recommendations; None where there is none that can be read."""
+    if recommendations is None:
+        return None
+    try:
+        served = _DECODE_SERVED(recommendations)
+    except msgspec.MsgspecError:
+        return None
+    return Shown(served.model_version, served.items)

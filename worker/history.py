@@ -17,6 +17,7 @@ import numpy as np
 
 from worker.errors import HistoryFormatError
 from worker.events import DELIBERATE_TYPES, Event, EventType, Surface
+from worker.quality import UserRecord
 
 Outcome = Literal["applied", "duplicate", "late"]
 #: Topic, partition, last applied offset, its record time in epoch milliseconds.
@@ -42,6 +43,15 @@ class StoredHistory(msgspec.Struct, array_like=True, gc=False):
     event_ids: bytes
     applied: tuple[Applied, ...]
     followed: list[str] = []
+    #: Left out by releases that did not judge what they served.
+    record: UserRecord | None = None
+
+
+class Shown(msgspec.Struct, frozen=True, gc=False):
+    """A list as a user was served it, or would have been by another version."""
+
+    version: str
+    items: tuple[str, ...]
 
 
 class StoredHistory1(msgspec.Struct, array_like=True, gc=False):
@@ -117,6 +127,12 @@ class History(msgspec.Struct, gc=False, eq=False):
     window_of: str = ""
     #: State of a recurrent model after `window`, float32; None where it must be made anew.
     carry: bytes | None = None
+    #: What the user did with what was served, in one trial.
+    record: UserRecord | None = None
+    #: The list that Redis holds, and the one that the other version of a trial made beside it;
+    #: None where they are not known. Not stored.
+    served: Shown | None = None
+    beside: Shown | None = None
 
     def apply(self, event: Event) -> Outcome:
         """Take `event` in. `late` is older than all of a full history and changes nothing."""
@@ -243,6 +259,7 @@ class History(msgspec.Struct, gc=False, eq=False):
                 self.event_ids,
                 self.applied,
                 list(self.followed),
+                self.record,
             )
         )
 
@@ -268,6 +285,7 @@ class History(msgspec.Struct, gc=False, eq=False):
         history.event_ids = stored.event_ids[-ID_BYTES * length :]
         history.applied = stored.applied
         history.followed = dict.fromkeys(stored.followed)
+        history.record = stored.record
         return history
 
 

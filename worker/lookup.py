@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from worker.bundle import Bundle, open_bundle
-from worker.cache import REDIS_FAILURES, Cache, UserKey
+from worker.cache import REDIS_FAILURES, Cache, UserKey, decode
 from worker.errors import BundleError, CacheError, SettingsError
 from worker.events import parse_surface
 from worker.explain import Explanation, explain
 from worker.history import History
 from worker.ranking import Recommendations
-from worker.registry import find
+from worker.registry import Registry
 from worker.settings import Settings
 
 RAISED_SHOWN = 3
@@ -60,15 +59,14 @@ def read_cached(settings: Settings, user_id: str, surface: str) -> Cached | None
         raise SettingsError(str(error)) from None
     cache = Cache.from_settings(settings)
     try:
-        found = cache.read_recommendations(key)
-        (history,) = cache.read_histories([key])
+        ((history, data),) = cache.read_users([key])
     except REDIS_FAILURES as error:
         raise CacheError(
             f"Redis does not answer ({error}): start it, or set STREAMREC_REDIS to where it is"
         ) from None
     finally:
         cache.close()
-    return None if found is None else Cached(found, history)
+    return None if data is None else Cached(decode(data), history)
 
 
 def cached_recommendations(settings: Settings, user_id: str, surface: str) -> dict[str, Any] | None:
@@ -82,7 +80,7 @@ def cached_recommendations(settings: Settings, user_id: str, surface: str) -> di
     return None if cached is None else cached.as_builtins()
 
 
-def explanations(cached: Cached, registry: Path) -> dict[str, Any]:
+def explanations(cached: Cached, registry: Registry) -> dict[str, Any]:
     """Explain a list by the history as it is now and the bundle that made the list.
 
     Returns:
@@ -131,10 +129,10 @@ def _explanations(
     }
 
 
-def _bundle_of(model_version: str, registry: Path) -> Bundle:
+def _bundle_of(model_version: str, registry: Registry) -> Bundle:
     name, _, version = model_version.partition("@")
     try:
-        path = find(registry, name, version)
+        path = registry.path(name, version)
     except BundleError as error:
         raise BundleError(
             f"the list was made by {model_version}, which is needed to explain it: {error}; set"

@@ -25,6 +25,7 @@ STAGE_BUCKETS = (
     10.0,
 )  # fmt: skip
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+OVERLAP_BUCKETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SWAP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -117,8 +118,8 @@ class Metrics:
         )
         self.inference_errors = Counter(
             "streamrec_inference_errors",
-            "Batches that the model failed on; the fallback served them.",
-            ["surface"],
+            "Batches that a model failed on; another version, or the fallback, served them.",
+            ["surface", "model_version"],
             registry=registry,
         )
         self.recommendations = Counter(
@@ -161,20 +162,20 @@ class Metrics:
         )
         self.model_info = Gauge(
             "streamrec_model_info",
-            "1 for the model that serves a surface.",
-            ["surface", "name", "version", "precision"],
+            "1 for each model in memory, with its role (stable, canary, shadow).",
+            ["surface", "name", "version", "precision", "role"],
             registry=registry,
         )
         self.model_file_bytes = Gauge(
             "streamrec_model_file_bytes",
             "Size of the bundle on disk.",
-            ["surface"],
+            ["surface", "version"],
             registry=registry,
         )
         self.model_memory_bytes = Gauge(
             "streamrec_model_memory_bytes",
             "Growth of resident memory by loading the model.",
-            ["surface"],
+            ["surface", "version"],
             registry=registry,
         )
         self.model_created_seconds = Gauge(
@@ -191,8 +192,95 @@ class Metrics:
         )
         self.swaps = Counter(
             "streamrec_model_swaps",
-            "Model swaps by result.",
-            ["surface", "result"],
+            "Times that other models took over a surface, canaries and shadows included.",
+            ["surface"],
+            registry=registry,
+        )
+        self.refused_bundles = Counter(
+            "streamrec_refused_bundles",
+            "Bundles that were not loaded, by reason (docs/bundle.md).",
+            ["surface", "reason"],
+            registry=registry,
+        )
+        self.release_revision = Gauge(
+            "streamrec_release_revision",
+            "Revision of the release that this worker follows; 0 without one.",
+            ["surface"],
+            registry=registry,
+        )
+        self.canary_share = Gauge(
+            "streamrec_canary_share",
+            "Share of users that a canary serves.",
+            ["surface"],
+            registry=registry,
+        )
+        self.score_seconds = Counter(
+            "streamrec_score_seconds",
+            "Time that a model took for its lists.",
+            ["surface", "model_version"],
+            registry=registry,
+        )
+        self.scored = Counter(
+            "streamrec_scored_lists",
+            "Lists that a model made, those of canaries and shadows that nobody saw included.",
+            ["surface", "model_version"],
+            registry=registry,
+        )
+        self.judged = Counter(
+            "streamrec_judged_events",
+            "Positive events that were looked up in the list that the user was served before.",
+            ["surface", "model_version"],
+            registry=registry,
+        )
+        self.hits = Counter(
+            "streamrec_hits",
+            "Those of them whose item was on the list.",
+            ["surface", "model_version"],
+            registry=registry,
+        )
+        self.reciprocal_ranks = Counter(
+            "streamrec_reciprocal_ranks",
+            "Sum of 1 / place on the list over those hits.",
+            ["surface", "model_version"],
+            registry=registry,
+        )
+        self.coverage = Gauge(
+            "streamrec_catalogue_coverage_ratio",
+            "Share of the model's items that this worker has put on a served list.",
+            ["surface", "model_version"],
+            registry=registry,
+        )
+        self.overlap = Histogram(
+            "streamrec_trial_overlap_ratio",
+            "Share of items that both versions' lists for a user have in common.",
+            ["surface"],
+            buckets=OVERLAP_BUCKETS,
+            registry=registry,
+        )
+        self.score_drift = Gauge(
+            "streamrec_trial_score_drift",
+            "How far the other version's best scores lie above the stable one's, in standard"
+            " deviations.",
+            ["surface"],
+            registry=registry,
+        )
+        self.live_quality = Gauge(
+            "streamrec_live_quality",
+            "Figures of a version over all partitions (hit_rate, mrr) with bounds that hold at all"
+            " times (estimate, low, high); by the worker that decides.",
+            ["surface", "role", "model_version", "figure", "bound"],
+            registry=registry,
+        )
+        self.trial_evidence = Gauge(
+            "streamrec_trial_evidence",
+            "What the gate decides by (docs/quality.md); by the worker that decides.",
+            ["surface", "figure"],
+            registry=registry,
+        )
+        self.decisions = Counter(
+            "streamrec_decisions",
+            "Canaries that the gate promoted or rolled back.",
+            ["surface", "action", "reason"],
             registry=registry,
         )
         self.swap_seconds = Histogram(

@@ -101,6 +101,14 @@ class BatchProducer(driver.Producer):
             if isinstance(result, BaseException):
                 raise result
 
+    async def partitions(self, topic: str) -> set[int]:
+        """Partitions of a topic.
+
+        Raises:
+            KafkaConnectionError: none are known.
+        """
+        return await _partitions(self._ensure_producer(), topic)
+
 
 async def _partitions(producer: Any, topic: str) -> set[int]:
     found: set[int] | None = await producer.partitions_for(topic)
@@ -142,3 +150,12 @@ class Outbox:
         """
         if records:
             await self._producer().send_all(records)
+
+    async def partitions(self, topic: str) -> set[int]:
+        """Partitions of a topic.
+
+        Raises:
+            KafkaConnectionError: none are known.
+        """
+        found: set[int] = await self._producer().partitions(topic)
+        return found

@@ -17,26 +17,26 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from worker.bundle import Bundle
+from worker.arms import judged_as
 from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey, encode
-from worker.cold_items import ColdIndex, ColdItems
+from worker.cold_items import ColdItems
 from worker.events import Decoder, Event, EventBatch, Reason, Records, Rejected, Surface
 from worker.histories import Histories
 from worker.history import History
+from worker.lists import ListMaker
 from worker.metrics import Metrics
-from worker.models import Models
+from worker.models import Models, Serving
 from worker.popularity import PopularityTable, most_popular
 from worker.ranking import Origin, Recommendations
-from worker.recommender import Ranked, Recommender
 from worker.retry import until_it_works_or_stops
 from worker.rules import Rules
 from worker.settings import Settings
 from worker.text import MAX_TEXT_CHARS
+from worker.trials import Trials
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-FALLBACK_VERSION = "popularity"
 #: Candidates of the fallback are found anew after this many seconds at most.
 POPULAR_REFRESH_S = 1.0
 #: Cold items of other workers are asked for again this far back: their clocks may be behind.
@@ -78,11 +78,8 @@ class Processor:
             max_future_ms=int(settings.event_max_future_s * 1000),
             require_user_key=settings.require_user_key,
         )
-        self._recommenders = {
-            surface: Recommender(surface, rules, top_k=settings.top_k) for surface in Surface
-        }
         self._histories = Histories(
-            self._read_histories,
+            self._read_users,
             length=settings.history_length,
             max_bytes=settings.history_cache_mb * 1e6,
             metrics=metrics,
@@ -95,6 +92,16 @@ class Processor:
             )
             for surface in Surface
         }
+        self._lists = {
+            surface: ListMaker(
+                surface, rules, top_k=settings.top_k, cold=self._cold[surface], metrics=metrics
+            )
+            for surface in Surface
+        }
+        self._trials = Trials(
+            lambda place: self._redis("read_tally", lambda: self._cache.read_tallies([place])[0]),
+            metrics,
+        )
         #: When cold items are read from Redis next, in `time.monotonic()`, and from when on.
         self._cold_read_at = 0.0
         self._cold_since_s = dict.fromkeys(self._cold, 0.0)
@@ -149,6 +156,7 @@ class Processor:
         self._histories.clear()
         self._popularity.clear()
         self._popular.clear()
+        self._trials.clear()
 
     # -- events
 
@@ -160,11 +168,14 @@ class Processor:
         histories = self._histories.load(key for own in keys for key in own)
         touched: dict[UserKey, Touched] = {}
         outcomes: Counter[tuple[Surface, str, str]] = Counter()
+        # Taken once: a swap in between must not mix two trials.
+        serving = {surface: self._models.serving(surface) for surface in Surface}
         for batch, own in zip(decoded, keys, strict=True):
             made.rejected += batch.rejected
             counted: dict[Surface, list[Event]] = {}
             for event, key in zip(batch.events, own, strict=True):
                 history = histories[key]
+                judging = self._trials.wants(event, history)
                 try:
                     outcome: str = history.apply(event)
                 except Exception as error:
@@ -176,6 +187,8 @@ class Processor:
                     # A repeat is written again too: its first effects may never have arrived.
                     touched[key] = Touched(history, event)
                     counted.setdefault(event.surface, []).append(event)
+                    if judging and outcome == "applied":
+                        self._judge(serving[event.surface], event, history)
                     if event.text:
                         self._note_text(event, event.text, made)
                 outcomes[event.surface, event.event_type, outcome] += 1
@@ -197,12 +210,22 @@ class Processor:
             self._popularity[place] = table
         return table
 
-    # -- items that the model has not seen
+    def _judge(self, serving: Serving | None, event: Event, history: History) -> None:
+        """Count whether what the user wanted was on the list served before."""
+        self._trials.count(event, history)
+        side = None if serving is None else judged_as(serving, event.user_id, history)
+        if serving is not None and side is not None:
+            self._trials.note(_place(event), event, history, serving.period, side)
+
+    # -- items that a model has not seen
 
     def _note_text(self, event: Event, text: str, made: Made) -> None:
-        """Keep the text of an item that the serving model does not know."""
-        bundle = self._models.serving(event.surface)
-        if bundle is None or bundle.text is None or event.item_id in bundle.index:
+        """Keep the text of an item that a serving model does not know."""
+        serving = self._models.serving(event.surface)
+        if serving is None or not any(
+            bundle.text is not None and event.item_id not in bundle.index
+            for bundle in serving.bundles.values()
+        ):
             return
         if self._cold[event.surface].note(event.item_id, text, time.time()):
             made.cold_items.setdefault(event.surface, {})[event.item_id] = text[:MAX_TEXT_CHARS]
@@ -217,8 +240,10 @@ class Processor:
         try:
             for surface, cold in self._cold.items():
                 cold.expire(now_s)
-                bundle = self._models.serving(surface)
-                if bundle is None or bundle.text is None:
+                serving = self._models.serving(surface)
+                if serving is None or all(
+                    bundle.text is None for bundle in serving.bundles.values()
+                ):
                     continue
                 for found in self._cache.read_cold_items(surface, self._cold_since_s[surface]):
                     cold.note(*found)
@@ -227,91 +252,37 @@ class Processor:
             self._metrics.redis_errors.labels("read_cold_items").inc()
             log.warning("cold_items_unread error=%r", error)
 
-    def _cold_index(self, surface: Surface, bundle: Bundle) -> ColdIndex | None:
-        """Cold items with a vector of `bundle`; None where there are none."""
-        cold = self._cold[surface]
-        if bundle.text is None or not len(cold):
-            return None
-        texts = cold.without_vector(bundle)
-        if texts:
-            try:
-                vectors = bundle.text.encode(list(texts.values()))
-            except Exception:
-                log.exception("text_failed version=%s", bundle.manifest.version)
-                self._metrics.inference_errors.labels(surface.value).inc()
-                return None
-            cold.add_vectors(list(texts), vectors)
-        self._metrics.cold_items.labels(surface.value).set(
-            0 if cold.index is None else len(cold.index)
-        )
-        return cold.index
-
     # -- lists
 
     def _recommend(
         self, surface: Surface, users: dict[UserKey, Touched]
     ) -> dict[UserKey, Recommendations]:
-        """Lists for `users`, all of one surface: by the model where it can, else by popularity."""
-        recommender = self._recommenders[surface]
-        names = [key.user_id for key in users]
-        histories = [one.history for one in users.values()]
+        """Lists for `users`, all of one surface."""
         # Taken once: a swap in the middle must not mix two versions' item indexes.
-        bundle = self._models.serving(surface)
-        ranked: dict[int, Ranked] = {}
-        version = FALLBACK_VERSION
-        if bundle is not None:
-            version = bundle.manifest.reference
-            ranked = self._rank(recommender, surface, bundle, names, histories)
-        popular = self._most_popular(surface) if len(ranked) < len(names) else []
+        serving = self._models.serving(surface)
+        listings, compared = self._lists[surface].make(
+            serving,
+            [key.user_id for key in users],
+            [one.history for one in users.values()],
+            lambda: self._most_popular(surface),
+        )
+        if serving is not None and compared is not None:
+            place = _place(next(iter(users.values())).event)
+            self._trials.compared(place, serving.period, compared)
         now_ms = int(time.time() * 1000)
-        lists = {}
-        with self._stage("filter"):
-            for at, (key, one) in enumerate(users.items()):
-                by_model = at in ranked
-                items, scores = (
-                    ranked[at]
-                    if by_model
-                    else recommender.popular(key.user_id, one.history, popular)
-                )
-                event = one.event
-                lists[key] = Recommendations(
-                    user_id=key.user_id,
-                    surface=surface,
-                    items=items,
-                    scores=scores,
-                    model_version=version if by_model else FALLBACK_VERSION,
-                    source="model" if by_model else "fallback",
-                    generated_at_ms=now_ms,
-                    origin=Origin(event.topic, event.partition, event.offset),
-                )
-        return lists
-
-    def _rank(
-        self,
-        recommender: Recommender,
-        surface: Surface,
-        bundle: Bundle,
-        users: Sequence[str],
-        histories: Sequence[History],
-    ) -> dict[int, Ranked]:
-        """Lists by place in `users`, for those that the model can score; none where it failed."""
-        cold = self._cold_index(surface, bundle)
-        try:
-            lists = recommender.rank(bundle, users, histories, cold)
-        except Exception:
-            log.exception("inference_failed version=%s", bundle.manifest.version)
-            self._metrics.inference_errors.labels(surface.value).inc()
-            return {}
-        stage_seconds = self._metrics.stage_seconds
-        stage_seconds.labels("score").observe(lists.score_s)
-        stage_seconds.labels("filter").observe(lists.filter_s)
-        if cold is not None:
-            self._metrics.cold_recommended.labels(surface.value).inc(
-                sum(
-                    item not in bundle.index for items, _ in lists.ranked.values() for item in items
-                )
+        return {
+            key: Recommendations(
+                user_id=key.user_id,
+                surface=surface,
+                items=listing.items,
+                scores=listing.scores,
+                model_version=listing.version,
+                source=listing.source,
+                generated_at_ms=now_ms,
+                origin=Origin(one.event.topic, one.event.partition, one.event.offset),
             )
-        return lists.ranked
+            for (key, one), listing in zip(users.items(), listings, strict=True)
+        }
 
     def _most_popular(self, surface: Surface) -> list[tuple[str, float]]:
         """Candidates of the fallback: enough to fill a list after the longest history."""
@@ -347,13 +318,15 @@ class Processor:
                 recommendations=encoded,
                 popularity=popularity,
                 cold_items=made.cold_items,
+                tallies=self._trials.changes(),
             ),
         )
+        self._trials.written()
         self._histories.trim()
         made.lists = list(zip(lists.values(), encoded.values(), strict=True))
 
-    def _read_histories(self, keys: Sequence[UserKey]) -> list[bytes | None]:
-        return self._redis("read_histories", lambda: self._cache.read_histories(keys))
+    def _read_users(self, keys: Sequence[UserKey]) -> list[tuple[bytes | None, bytes | None]]:
+        return self._redis("read_users", lambda: self._cache.read_users(keys))
 
     def _redis(self, name: str, operation: Callable[[], T]) -> T:
         return until_it_works_or_stops(
@@ -373,6 +346,10 @@ def _by_surface(touched: dict[UserKey, Touched]) -> dict[Surface, dict[UserKey, 
     for key, one in touched.items():
         grouped.setdefault(key.surface, {})[key] = one
     return grouped
+
+
+def _place(event: Event) -> PartitionKey:
+    return PartitionKey(event.surface, event.topic, event.partition)
 
 
 def _failed(batch: EventBatch, event: Event, error: Exception) -> Rejected:

@@ -1,309 +1,365 @@
-"""Find bundles: `<registry>/<model name>/<version>/`, and which version should serve.
+"""Registries of bundles: `<registry>/<model name>/<version>/`, on this machine or in a store.
 
-A version is a directory with a manifest; since bundles appear by one rename, it is whole. Versions
-sort by name, so names begin with the time (`20261124T1030Z-int8`). `release.json` beside them names
-the promoted version and those promoted before it; without it the newest serves.
+A version is a directory with a manifest; since the manifest comes last, or all of it by one rename,
+it is whole. Versions sort by name, so names begin with the time (`20261124T1030Z-int8`).
+`release.json` beside them says which serve (worker/releases.py); without it the newest does.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
-import msgspec
-
-from worker.bundle import MANIFEST_FILE, write_durably
-from worker.errors import BundleError
+from worker.bundle_files import write_durably
+from worker.checksums import verify
+from worker.errors import BundleError, Refusal, ReleaseChangedError, StoreError
+from worker.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, decode_manifest
+from worker.releases import (
+    Release,
+    decode_release,
+    encode_release,
+    plan,
+    promoted,
+    require_version,
+)
+from worker.settings import ModelChoice
 
 RELEASE_FILE = "release.json"
 LOCK_FILE = ".release.lock"
-#: Promotions that `release.json` remembers.
-MAX_HISTORY = 20
+#: Schemes that mean a directory of this machine, which keeps more promises than a store.
+_LOCAL_SCHEMES = ("file://", "local://")
 
 
-class Promotion(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One change of the version that serves."""
-
-    version: str
-    #: RFC 3339; empty where a release without history did not say.
-    at: str = ""
-    #: Who did it, as `user@host`.
-    by: str = ""
-    #: Whether it went back to a version promoted before.
-    rollback: bool = False
-
-
-class Release(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Which version should serve, and which did before, oldest first."""
-
-    stable: str
-    history: list[Promotion] = []
-
-
-def names(registry: Path) -> list[str]:
-    """Model names in the registry, sorted."""
-    if not registry.is_dir():
-        raise BundleError(
-            f"the registry {registry} is not a directory; set STREAMREC_REGISTRY to the one that"
-            " holds <model name>/<version>/"
-        )
-    return sorted(
-        entry.name
-        for entry in registry.iterdir()
-        if not entry.name.startswith(".") and versions(registry, entry.name)
-    )
-
-
-def versions(registry: Path, name: str) -> list[str]:
-    """Versions of a model, oldest first; empty where there is none."""
-    check_part(name, "model name")
-    try:
-        entries = list((registry / name).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise BundleError(f"{registry / name} cannot be read: {error.strerror}") from None
-    return sorted(
-        entry.name
-        for entry in entries
-        if not entry.name.startswith(".") and (entry / MANIFEST_FILE).is_file()
-    )
-
-
-def find(registry: Path, name: str, version: str) -> Path:
-    """Directory of one version.
-
-    Raises:
-        BundleError: there is no such version; the message lists those that exist.
-    """
-    require_version(version, versions(registry, name), registry, name)
-    return registry / name / version
-
-
-def serving_version(registry: Path, name: str, pinned: str | None = None) -> str:
-    """The version that should serve: the pinned one, else the promoted, else the newest.
-
-    Raises:
-        BundleError: there is none, or the release file is damaged.
-    """
-    if pinned is not None:
-        return find(registry, name, pinned).name
-    # The release first: a version published and promoted in between is then among the versions.
-    release = read_release(registry, name)
-    return choose_serving(release, versions(registry, name), registry, name)
-
-
-def choose_serving(
-    release: Release | None, known: Sequence[str], registry: Path | str, name: str
-) -> str:
-    """The promoted version, else the newest of `known`.
-
-    Raises:
-        BundleError: there is none, or the promoted one is not among `known`.
-    """
-    if release is not None:
-        return require_version(release.stable, known, registry, name)
-    if not known:
-        raise BundleError(
-            f"no bundle {registry}/{name}/<version>: set STREAMREC_REGISTRY and STREAMREC_MODELS,"
-            " or publish one"
-        )
-    return known[-1]
-
-
-def require_version(version: str, known: Sequence[str], registry: Path | str, name: str) -> str:
-    """`version`, where it is among `known`.
-
-    Raises:
-        BundleError: it is not; the message lists those that are.
-    """
-    check_part(version, "version")
-    if version not in known:
-        listing = ", ".join(known) if known else "no version at all"
-        raise BundleError(
-            f"{registry} has no version {version!r} of model {name!r}; it has {listing}"
-        )
-    return version
-
-
-def read_release(registry: Path, name: str) -> Release | None:
-    """What `release.json` says; None where nothing was promoted yet.
-
-    Raises:
-        BundleError: it is damaged or cannot be read.
-    """
-    check_part(name, "model name")
-    file = registry / name / RELEASE_FILE
-    try:
-        data = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error.strerror}") from None
-    return decode_release(data, file)
-
-
-def decode_release(data: bytes, where: Path | str) -> Release:
-    """Parse a release file; `where` is for the message.
-
-    Raises:
-        BundleError: it is damaged.
-    """
-    try:
-        return msgspec.json.decode(data, type=Release)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is damaged: {error}; promote a version again") from None
-
-
-def encode_release(release: Release) -> bytes:
-    """The release file's content."""
-    return msgspec.json.format(msgspec.json.encode(release), indent=1) + b"\n"
-
-
-def promote(registry: Path, name: str, version: str, *, by: str = "") -> Release:
-    """Make `version` the one that serves; running workers swap to it at their next look.
-
-    Atomic and durable. Safe against others doing so at once: each keeps the others' history. A
-    damaged release file is replaced, and its history lost.
+class Registry(ABC):
+    """Bundles and releases of models. Calls block; every method may raise StoreError where the
+    registry cannot be reached.
 
     Args:
-        by: who does it, for the history.
-
-    Raises:
-        BundleError: there is no such version, or the registry cannot be written.
-    """
-    find(registry, name, version)
-    return change_release(registry, name, lambda old: promoted(old, version, by), repair=True)
-
-
-def rollback(registry: Path, name: str, to: str | None = None, *, by: str = "") -> Release:
-    """Go back to the version promoted before the present one, or to `to`; see `rolled_back`.
-
-    Raises:
-        BundleError: there is none to go back to, or it is gone.
+        url: what people call it.
     """
 
-    def change(old: Release | None) -> Release:
-        new = rolled_back(old, name, to, by)
-        find(registry, name, new.stable)
-        return new
+    def __init__(self, url: str) -> None:
+        self.url = url
 
-    return change_release(registry, name, change)
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Model names, sorted."""
 
+    @abstractmethod
+    def versions(self, name: str) -> list[str]:
+        """Versions of a model, oldest first; empty where there is none."""
 
-def change_release(
-    registry: Path,
-    name: str,
-    change: Callable[[Release | None], Release],
-    *,
-    repair: bool = False,
-) -> Release:
-    """Replace the release file by what `change` makes of it, one process at a time.
+    @abstractmethod
+    def release(self, name: str) -> Release | None:
+        """What the release file says; None where nothing was promoted yet.
 
-    Args:
-        repair: give `change` None where the file is damaged.
+        Raises:
+            BundleError: it is damaged.
+        """
 
-    Raises:
-        BundleError: the file is damaged, or the registry cannot be written.
-    """
-    directory = registry / name
-    try:
-        if not directory.is_dir():
-            raise BundleError(f"{registry} has no model {name!r}; publish one first")
-        with _locked(directory):
+    @abstractmethod
+    def open(self, name: str, version: str, file: str) -> AbstractContextManager[BinaryIO]:
+        """Read one file of a version; FileNotFoundError where it is missing."""
+
+    @abstractmethod
+    def path(self, name: str, version: str) -> Path:
+        """A version as a directory of this machine; a store's is copied here first.
+
+        Raises:
+            BundleError: there is no such version, or it is damaged.
+        """
+
+    @abstractmethod
+    def keep(self, name: str, versions: Collection[str]) -> None:
+        """Drop this machine's copies of a model's other versions; the registry loses nothing."""
+
+    @abstractmethod
+    def _locked(self, name: str) -> AbstractContextManager[None]:
+        """Keep others from changing the release meanwhile, as far as the registry can."""
+
+    @abstractmethod
+    def _write_release(self, name: str, content: bytes) -> None:
+        """Replace the release file."""
+
+    def refresh(self, name: str) -> tuple[Release | None, tuple[str, ...]]:
+        """The release and the versions now, oldest first.
+
+        Raises:
+            BundleError: the release file is damaged.
+        """
+        # The release first: a version published and promoted in between is then among the versions.
+        release = self.release(name)
+        return release, tuple(self.versions(name))
+
+    def serving(self, name: str) -> str:
+        """The version that serves, canaries aside, where none is pinned; see `releases.plan`.
+
+        Raises:
+            BundleError: there is none, or the release file is damaged.
+        """
+        release, known = self.refresh(name)
+        return plan(release, known, ModelChoice(name, None), where=self.url).stable
+
+    def require(self, name: str, version: str) -> str:
+        """`version`, where the registry has it.
+
+        Raises:
+            BundleError: it has not; the message lists what it has.
+        """
+        return require_version(version, self._known(name), self.url, name)
+
+    def manifest_bytes(self, name: str, version: str) -> bytes | None:
+        """The manifest as stored; None where the version is absent."""
+        try:
+            with self.open(name, version, MANIFEST_FILE) as stream:
+                return stream.read(MAX_MANIFEST_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def manifest(self, name: str, version: str) -> Manifest:
+        """The manifest of a version.
+
+        Raises:
+            BundleError: there is none, it is damaged, or it is that of another version.
+        """
+        self.require(name, version)
+        return self._parsed(name, version, self.manifest_bytes(name, version) or b"")
+
+    def verify(self, name: str, version: str, manifest: Manifest) -> None:
+        """Read every file again and compare it with `manifest`.
+
+        Raises:
+            BundleError: one is missing, or not what the manifest says.
+        """
+        verify(
+            manifest, lambda file: self.open(name, version, file), f"{self.url}/{name}/{version}"
+        )
+
+    def change(
+        self,
+        name: str,
+        transition: Callable[[Release | None], Release],
+        *,
+        expect_revision: int | None = None,
+        repair: bool = False,
+    ) -> Release:
+        """Replace the release by what `transition` makes of it.
+
+        A local registry does one change at a time and loses none. A store has no lock: it is read,
+        compared and written, and of two changes at the same moment the later write stays.
+
+        Args:
+            transition: from worker/releases.py; versions that it brings must be in the registry.
+            expect_revision: make no change where the release has another revision; 0 means none.
+            repair: give `transition` None where the release file is damaged; its history is lost.
+
+        Raises:
+            BundleError: there is no such model or version, or the release file is damaged.
+            ReleaseChangedError: the revision is not `expect_revision`.
+            ReleaseRefusedError: as `transition` says.
+            StoreError: the registry cannot be written.
+        """
+        self._known(name)
+        with self._locked(name):
             try:
-                old = read_release(registry, name)
+                old = self.release(name)
             except BundleError:
                 if not repair:
                     raise
                 old = None
-            new = change(old)
-            _replace_durably(directory / RELEASE_FILE, encode_release(new))
-    except OSError as error:
-        raise BundleError(
-            f"{directory / RELEASE_FILE} cannot be written: {error.strerror}"
-        ) from None
-    return new
+            revision = 0 if old is None else old.revision
+            if expect_revision is not None and revision != expect_revision:
+                raise ReleaseChangedError(
+                    f"the release of {name} in {self.url} is at revision {revision}, not"
+                    f" {expect_revision}: another changed it meanwhile; read it and decide again"
+                )
+            new = transition(old)
+            known = self._known(name)
+            for version in _named(new) - (_named(old) if old else set()):
+                require_version(version, known, self.url, name)
+            self._write_release(name, encode_release(new))
+        return new
+
+    def promote(self, name: str, version: str, *, force: bool = False, by: str = "") -> Release:
+        """Make `version` the one that serves; running workers swap to it. See `releases.promoted`.
+
+        A damaged release file is replaced, and its history lost.
+
+        Raises:
+            BundleError: there is no such model or version.
+            ReleaseRefusedError: it is quarantined, and `force` is not set.
+            StoreError: the registry cannot be written.
+        """
+        return self.change(
+            name,
+            lambda old: promoted(old, version, force=force, by=by, at=datetime.now(UTC)),
+            repair=True,
+        )
+
+    def _known(self, name: str) -> list[str]:
+        """Versions of a model that must be there."""
+        known = self.versions(name)
+        if not known:
+            listing = ", ".join(self.names()) or "no model at all"
+            raise BundleError(f"{self.url} has no model {name!r}; it has {listing}")
+        return known
+
+    def _parsed(self, name: str, version: str, data: bytes) -> Manifest:
+        where = f"{self.url}/{name}/{version}"
+        manifest = decode_manifest(data, f"{where}/{MANIFEST_FILE}")
+        if (manifest.name, manifest.version) != (name, version):
+            raise BundleError(
+                f"{where} says that it is {manifest.reference}: it was copied by"
+                " hand; use streamrec models publish --name NAME --version VERSION",
+                Refusal.IDENTITY,
+            )
+        return manifest
 
 
-def promoted(old: Release | None, version: str, by: str = "") -> Release:
-    """`old` with `version` promoted now."""
-    return _append(old, Promotion(version, _now(), by))
+class LocalRegistry(Registry):
+    """A directory of this machine, or one that is mounted."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self.root = root
+
+    def names(self) -> list[str]:
+        """Model names, sorted.
+
+        Raises:
+            BundleError: the registry is no directory.
+        """
+        if not self.root.is_dir():
+            raise BundleError(
+                f"the registry {self.root} is not a directory; set STREAMREC_REGISTRY to the one"
+                " that holds <model name>/<version>/"
+            )
+        return sorted(
+            entry.name
+            for entry in self.root.iterdir()
+            if not entry.name.startswith(".") and self.versions(entry.name)
+        )
+
+    def versions(self, name: str) -> list[str]:
+        """Versions of a model, oldest first."""
+        check_part(name, "model name")
+        try:
+            entries = list((self.root / name).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise StoreError(f"{self.root / name} cannot be read: {error.strerror}") from None
+        return sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and (entry / MANIFEST_FILE).is_file()
+        )
+
+    def release(self, name: str) -> Release | None:
+        """What the release file says."""
+        check_part(name, "model name")
+        file = self.root / name / RELEASE_FILE
+        try:
+            data = file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read: {error.strerror}") from None
+        return decode_release(data, file)
+
+    @contextmanager
+    def open(self, name: str, version: str, file: str) -> Iterator[BinaryIO]:
+        """Read one file of a version."""
+        path = self.root / place(name, version, file)
+        try:
+            with path.open("rb") as stream:
+                yield stream
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+
+    def path(self, name: str, version: str) -> Path:
+        """The directory itself."""
+        return self.root / name / self.require(name, version)
+
+    def keep(self, name: str, versions: Collection[str]) -> None:
+        """There are no copies to drop."""
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process, and one thread, at a time. The kernel frees the lock of one that dies."""
+        directory = self.root / name
+        try:
+            # Opened for writing, since NFS grants an exclusive lock on nothing else.
+            with (directory / LOCK_FILE).open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise StoreError(
+                f"{directory / RELEASE_FILE} cannot be written: {error.strerror}"
+            ) from None
+
+    def _write_release(self, name: str, content: bytes) -> None:
+        _replace_durably(self.root / name / RELEASE_FILE, content)
 
 
-def rolled_back(old: Release | None, name: str, to: str | None = None, by: str = "") -> Release:
-    """`old`, gone back to the version promoted before the present one, or to `to`.
+def open_registry(address: str, mirror_dir: Path) -> Registry:
+    """The registry at a directory or fsspec URL (`s3://bucket/models`).
 
-    Rolling back again goes further back, not forth again.
+    Args:
+        mirror_dir: where copies of a store's versions are kept.
 
     Raises:
-        BundleError: nothing was promoted before, or `to` was not.
+        ExtraMissingError: fsspec, or the driver that the URL needs, is not installed.
+        StoreError: the URL names no known kind of store.
     """
-    trail = _trail(old)
-    if to is not None and to not in {entry.version for entry in _history(old)}:
+    directory = local_directory(address)
+    if directory is not None:
+        return LocalRegistry(directory)
+    # That module builds on this one.
+    from worker.remote import RemoteRegistry, connect  # noqa: PLC0415
+
+    return RemoteRegistry(*connect(address), address, mirror_dir)
+
+
+def local_directory(address: str) -> Path | None:
+    """The directory that an address names; None where it is the URL of a store."""
+    for scheme in _LOCAL_SCHEMES:
+        if address.startswith(scheme):
+            return Path(address.removeprefix(scheme))
+    return None if "://" in address else Path(address)
+
+
+def place(name: str, version: str, *file: str) -> str:
+    """`<name>/<version>[/<file>]`.
+
+    Raises:
+        BundleError: a part is no plain name, so that it might lead elsewhere.
+    """
+    check_part(name, "model name")
+    check_part(version, "version")
+    for part in file:
+        check_part(part, "file name")
+    return "/".join((name, version, *file))
+
+
+def check_part(part: str, what: str) -> None:
+    """Refuse what is no plain directory name.
+
+    Raises:
+        BundleError: it is not; `what` says what it should have been.
+    """
+    if not part or part.startswith(".") or "/" in part or "\0" in part:
         raise BundleError(
-            f"{name}@{to} is not among the last {MAX_HISTORY} promotions;"
-            f" to serve it: streamrec models promote {name} {to}"
+            f"{part!r} is not a {what}: it must be a plain directory name", Refusal.PATH
         )
-    if to is None:
-        if len(trail) < 2:
-            raise BundleError(
-                f"no version of {name} was promoted before"
-                f" {trail[-1] if trail else 'now'}; choose one: streamrec models promote {name}"
-                " VERSION"
-            )
-        to = trail[-2]
-    return _append(old, Promotion(to, _now(), by, rollback=True))
-
-
-def _trail(release: Release | None) -> list[str]:
-    """Versions promoted and not rolled back, the present one last."""
-    trail: list[str] = []
-    for entry in _history(release):
-        if entry.rollback and entry.version in trail[:-1]:
-            while trail[-1] != entry.version:
-                trail.pop()
-        elif not trail or trail[-1] != entry.version:
-            trail.append(entry.version)
-    return trail
-
-
-def _history(release: Release | None) -> list[Promotion]:
-    """Promotions, oldest first; a release file of old has its one, without a time."""
-    if release is None:
-        return []
-    return release.history or [Promotion(release.stable)]
-
-
-def _append(old: Release | None, entry: Promotion) -> Release:
-    return Release(entry.version, [*_history(old), entry][-MAX_HISTORY:])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time. The kernel frees the lock when its holder dies."""
-    # Opened for writing, since NFS grants an exclusive lock on nothing else.
-    with (directory / LOCK_FILE).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _replace_durably(file: Path, data: bytes) -> None:
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write_durably(building, data)
-        building.replace(file)
-    finally:
-        building.unlink(missing_ok=True)
-    sync_directory(file.parent)
 
 
 def sync_directory(directory: Path) -> None:
@@ -315,11 +371,18 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def check_part(part: str, what: str) -> None:
-    """Refuse what is no plain directory name.
+def _named(release: Release) -> set[str]:
+    """Versions that workers load for it."""
+    canary = {release.canary.version} if release.canary else set()
+    shadow = {release.shadow} if release.shadow else set()
+    return {release.stable} | canary | shadow
 
-    Raises:
-        BundleError: it is not; `what` says what it should have been.
-    """
-    if not part or part.startswith(".") or "/" in part or "\0" in part:
-        raise BundleError(f"{part!r} is not a {what}: it must be a plain directory name")
+
+def _replace_durably(file: Path, data: bytes) -> None:
+    building = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write_durably(building, data)
+        building.replace(file)
+    finally:
+        building.unlink(missing_ok=True)
+    sync_directory(file.parent)

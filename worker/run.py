@@ -14,6 +14,7 @@ import faust
 from worker.app import create_app
 from worker.health import HealthServer, watch
 from worker.logs import set_up_logging
+from worker.memory import keep_large_blocks_apart
 from worker.settings import Settings
 from worker.startup import prepare
 
@@ -28,6 +29,8 @@ def run_worker(settings: Settings) -> int:
     """
     set_up_logging(settings.log_level)
     faulthandler.register(signal.SIGUSR1)
+    # Before anything large is allocated: what a swap lets go of must go back to the system.
+    keep_large_blocks_apart()
     asyncio.run(prepare(settings))
     # Faust's services take the current loop when they are made, so it must be there before them.
     loop = asyncio.new_event_loop()
@@ -36,7 +39,13 @@ def run_worker(settings: Settings) -> int:
     # What is there now stays: full collections need not look at it again and again.
     gc.collect()
     gc.freeze()
-    server = HealthServer(app.health, app.metrics.registry, settings.http_host, settings.http_port)
+    server = HealthServer(
+        app.health,
+        app.metrics.registry,
+        app.models.describe,
+        settings.http_host,
+        settings.http_port,
+    )
     server.start()
     stopping = threading.Event()
     watch(app.health, stopping)

@@ -5,6 +5,7 @@ A name ends in its unit (`_s`, `_ms`, `_mb`, `_bytes`); what has none is a count
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.errors import SettingsError
 from worker.events import Surface, parse_surface
+from worker.gate import GateSettings
 
 PREFIX = "STREAMREC_"
 
@@ -34,6 +36,14 @@ class Settings(BaseSettings):
     )
     dead_letter_topic: str = Field(
         "user-events.dead-letter", description="Topic for records that cannot be used."
+    )
+    releases_topic: str = Field(
+        "model-releases",
+        description="Compacted topic that releases are pushed by; empty: the registry alone.",
+    )
+    decisions_topic: str = Field(
+        "model-decisions",
+        description="Topic that the gate's decisions are published to; empty: none.",
     )
     create_topics: bool = Field(
         False, description="Make missing topics at start (partitions and replication as below)."
@@ -69,8 +79,15 @@ class Settings(BaseSettings):
     )
 
     # Model
-    registry: Path = Field(
-        Path("models/shipped"), description="Directory of bundles, <registry>/<name>/<version>/."
+    registry: str = Field(
+        "models/shipped",
+        min_length=1,
+        description="Where <name>/<version>/ of bundles lie: a directory, or a URL such as"
+        " s3://bucket/models.",
+    )
+    registry_mirror_dir: Path = Field(
+        Path(tempfile.gettempdir()) / "streamrec-mirror",
+        description="Directory that bundles of a URL are copied to.",
     )
     models: str = Field(
         "posts=posts",
@@ -80,11 +97,65 @@ class Settings(BaseSettings):
     registry_poll_s: float = Field(
         2.0, gt=0.0, description="How often the registry is looked at for a new version."
     )
+    public_keys: str = Field(
+        "",
+        description="Public keys (streamrec models keygen) of those who sign bundles,"
+        " comma-separated; empty: signatures are not looked at.",
+    )
+    model_memory_mb: float | None = Field(
+        None,
+        gt=0.0,
+        description="A bundle that would take more memory is refused; none: what the container or"
+        " machine has left.",
+    )
     inference_threads: int = Field(
         1, ge=1, le=64, description="Threads of one ONNX Runtime session."
     )
     top_k: int = Field(10, ge=1, le=1000, description="Length of a recommendation list.")
     rules: Path | None = Field(None, description="JSON file of rules: block, allow, author caps.")
+
+    # Trials of new versions
+    shadow_share: float = Field(
+        0.1,
+        gt=0.0,
+        le=1.0,
+        description="Share of users for whom a shadow makes lists that nobody sees.",
+    )
+    gate_interval_s: float = Field(
+        2.0, gt=0.0, description="How often the gate looks at a canary's figures."
+    )
+    gate_alpha: float = Field(
+        0.05,
+        gt=0.0,
+        lt=0.5,
+        description="Chance that a canary as good as the stable version is rolled back.",
+    )
+    gate_max_loss: float = Field(
+        0.05,
+        ge=0.0,
+        lt=1.0,
+        description="Largest relative loss of mean reciprocal rank that is accepted.",
+    )
+    gate_max_latency_ratio: float = Field(
+        2.0,
+        ge=1.0,
+        description="Largest accepted ratio of the canary's scoring time to the stable version's.",
+    )
+    gate_max_error_rate: float = Field(
+        0.01,
+        gt=0.0,
+        lt=0.5,
+        description="Largest accepted share of lists that the canary fails to make.",
+    )
+    gate_min_users: int = Field(
+        10, ge=2, description="Users with positive events, on each side, before quality counts."
+    )
+    gate_min_events: int = Field(100, ge=1, description="Positive events before quality counts.")
+    gate_max_events: int = Field(
+        1_000_000,
+        ge=1,
+        description="Positive events after which an undecided canary is rolled back.",
+    )
 
     # Events and histories
     event_max_bytes: int = Field(65536, ge=64, description="Larger events are dead letters.")
@@ -177,7 +248,25 @@ class Settings(BaseSettings):
                 f"{PREFIX}MAX_IN_FLIGHT_EVENTS ({self.max_in_flight_events}) must not be less than"
                 f" {PREFIX}BATCH_MAX_EVENTS ({self.batch_max_events})"
             )
+        if self.gate_max_events < self.gate_min_events:
+            raise ValueError(
+                f"{PREFIX}GATE_MAX_EVENTS ({self.gate_max_events}) must not be less than"
+                f" {PREFIX}GATE_MIN_EVENTS ({self.gate_min_events})"
+            )
         return self
+
+    @property
+    def gate(self) -> GateSettings:
+        """How canaries are judged."""
+        return GateSettings(
+            alpha=self.gate_alpha,
+            max_loss=self.gate_max_loss,
+            max_latency_ratio=self.gate_max_latency_ratio,
+            max_error_rate=self.gate_max_error_rate,
+            min_users=self.gate_min_users,
+            min_events=self.gate_min_events,
+            max_events=self.gate_max_events,
+        )
 
     @property
     def models_by_surface(self) -> dict[Surface, ModelChoice]:

@@ -42,7 +42,7 @@ async def prepare(settings: Settings) -> None:
 
 
 async def ensure_topics(settings: Settings) -> None:
-    """Find the three topics, or make them where `create_topics` is set.
+    """Find the topics that are read and written, or make them where `create_topics` is set.
 
     Raises:
         BrokerError: a topic is missing and may not be made.
@@ -57,6 +57,7 @@ async def ensure_topics(settings: Settings) -> None:
             settings.events_topic,
             settings.recommendations_topic,
             settings.dead_letter_topic,
+            *filter(None, (settings.releases_topic, settings.decisions_topic)),
         ]
         missing = sorted(set(wanted) - set(await admin.list_topics()))
         if not missing:
@@ -66,19 +67,24 @@ async def ensure_topics(settings: Settings) -> None:
                 f"Kafka at {settings.kafka} has no topic {', '.join(missing)}: make"
                 f" {'it' if len(missing) == 1 else 'them'}, or set STREAMREC_CREATE_TOPICS=true"
             )
-        answer = await admin.create_topics(
-            [
-                NewTopic(name, settings.topic_partitions, settings.topic_replication)
-                for name in missing
-            ]
-        )
+        answer = await admin.create_topics([_new_topic(settings, name) for name in missing])
         for name, code, *message in answer.topic_errors:
             error = for_code(code)
             if code and error is not TopicAlreadyExistsError:
                 raise BrokerError(f"topic {name} cannot be made: {error.__name__} {message}")
-            log.info("topic_created topic=%s partitions=%d", name, settings.topic_partitions)
+            log.info("topic_created topic=%s", name)
     finally:
         await admin.close()
+
+
+def _new_topic(settings: Settings, name: str) -> NewTopic:
+    if name == settings.releases_topic:
+        # The last release of each model is all that anybody wants to know.
+        compacted = {"cleanup.policy": "compact"}
+        return NewTopic(name, 1, settings.topic_replication, topic_configs=compacted)
+    if name == settings.decisions_topic:
+        return NewTopic(name, 1, settings.topic_replication)
+    return NewTopic(name, settings.topic_partitions, settings.topic_replication)
 
 
 async def _ping(settings: Settings) -> None:

@@ -18,7 +18,8 @@ from models.commands.options import (
     stamp,
     training_code,
 )
-from worker.bundle import MODEL_FILE, read_manifest
+from worker.bundle_files import read_manifest
+from worker.manifest import MODEL_FILE
 
 if TYPE_CHECKING:
     from models.compress.draft import Draft

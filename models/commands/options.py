@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from models.errors import ExtraMissingError
+from worker.errors import ExtraMissingError
 from worker.events import Surface
 from worker.logs import set_up_logging
 

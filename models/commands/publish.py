@@ -1,37 +1,27 @@
-"""`streamrec models publish | list | show | diff | promote | rollback`."""
+"""`streamrec models publish | list | show | diff`."""
 
 from __future__ import annotations
 
-import getpass
 import json
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
+from models.commands.output import age, json_option, megabytes, print_json, section, size, table
+from models.commands.releases import announce, push_options, whoami
+from models.commands.stores import opened, registry_option
 from models.provenance import missing_provenance
-from models.stores import Store, open_store
-from worker.bundle import Manifest, metric_summary, read_manifest
+from models.stores import Store
+from worker.bundle_files import read_manifest
 from worker.errors import BundleError
-from worker.registry import Release
+from worker.manifest import Manifest, metric_summary
 
 if TYPE_CHECKING:
     from models.diff import Diff
-
-registry_option = click.option(
-    "--registry",
-    default="models/shipped",
-    show_default=True,
-    envvar="STREAMREC_REGISTRY",
-    metavar="DIR_OR_URL",
-    help="Where <name>/<version>/ lie: a directory, or a URL such as s3://bucket/models.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 
 
 @click.command("publish")
@@ -40,6 +30,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.option("--name", default=None, help="Publish under this model name.")
 @click.option("--version", default=None, help="Publish under this version.")
 @click.option("--promote", is_flag=True, help="Make it the version that serves, too.")
+@push_options
 @json_option
 def publish_bundle(
     bundle: Path, registry: str, name: str | None, version: str | None, promote: bool, as_json: bool
@@ -51,7 +42,7 @@ def publish_bundle(
     """
     from models.publish import RefusedError, publish  # noqa: PLC0415 - loads ONNX Runtime
 
-    store = open_store(registry)
+    store = opened(registry)
     try:
         done = publish(bundle, store, name=name, version=version)
     except RefusedError as error:
@@ -60,19 +51,19 @@ def publish_bundle(
         raise
     manifest = done.manifest
     if promote:
-        store.promote(manifest.name, manifest.version, by=_whoami())
+        announce(manifest.name, store.promote(manifest.name, manifest.version, by=whoami()))
     warnings = [*done.warnings]
     serves = False
     with _noting(warnings):
         serves = store.serving(manifest.name) == manifest.version
     if as_json:
-        _print_json(
+        print_json(
             {
                 "name": manifest.name,
                 "version": manifest.version,
                 "registry": store.url,
                 "written": done.written,
-                "bytes": _size(manifest),
+                "bytes": size(manifest),
                 "serving": serves,
                 "warnings": warnings,
             }
@@ -83,7 +74,7 @@ def publish_bundle(
     identity = manifest.reference
     if done.written:
         click.echo(
-            f"published {identity} to {store.url}: {_megabytes(manifest)}, read back and whole"
+            f"published {identity} to {store.url}: {megabytes(manifest)}, read back and whole"
         )
     else:
         click.echo(f"{identity} is in {store.url} already, with the same content; nothing to do")
@@ -102,7 +93,7 @@ def list_models(name: str | None, registry: str, as_json: bool) -> None:
 
     Exit code 66 where one of them is damaged; the others are listed nevertheless.
     """
-    store = open_store(registry)
+    store = opened(registry)
     known = store.names()
     if name is not None and name not in known:
         raise BundleError(
@@ -119,18 +110,18 @@ def list_models(name: str | None, registry: str, as_json: bool) -> None:
                 found.append((store.manifest(model, version), version == serving))
     if as_json:
         rows = [_row(manifest, serves) for manifest, serves in found]
-        _print_json({"registry": store.url, "versions": rows, "problems": problems})
+        print_json({"registry": store.url, "versions": rows, "problems": problems})
     elif found:
         click.echo(
-            _table(
+            table(
                 [
                     (
                         "*" if serves else " ",
                         manifest.reference,
                         manifest.surface,
                         manifest.precision,
-                        _megabytes(manifest),
-                        _age(manifest.created()),
+                        megabytes(manifest),
+                        age(manifest.created()),
                         metric_summary(manifest.metrics),
                     )
                     for manifest, serves in found
@@ -154,7 +145,7 @@ def show_model(bundle: str, registry: str, as_json: bool) -> None:
 
     Its manifest, files, the bundles that it was made from, and its promotions.
     """
-    store = open_store(registry)
+    store = opened(registry)
     if _is_directory(bundle):
         manifest = read_manifest(Path(bundle))
     else:
@@ -165,12 +156,12 @@ def show_model(bundle: str, registry: str, as_json: bool) -> None:
     lineage = list(_lineage(store, manifest))
     promotions = [
         entry
-        for entry in (msgspec.to_builtins(release)["history"] if _has_history(release) else [])
+        for entry in (msgspec.to_builtins(release.history) if release is not None else ())
         if entry["version"] == manifest.version
     ]
     missing = missing_provenance(manifest)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "manifest": msgspec.to_builtins(manifest),
                 "serving": serving,
@@ -186,28 +177,28 @@ def show_model(bundle: str, registry: str, as_json: bool) -> None:
         ("surface", manifest.surface),
         ("precision", manifest.precision),
         ("recipe", manifest.recipe),
-        ("created", f"{manifest.created_at} ({_age(manifest.created())} old)"),
+        ("created", f"{manifest.created_at} ({age(manifest.created())} old)"),
         ("items", f"{manifest.item_count:,}"),
         ("history", f"{manifest.min_length} to {manifest.max_length} items"),
-        ("size", _megabytes(manifest)),
+        ("size", megabytes(manifest)),
         ("metrics", metric_summary(manifest.metrics) or "none recorded"),
         ("golden", f"{sum(len(g.history) for g in manifest.golden)} histories"),
     ]
-    _section("", facts)
-    _section(
+    section("", facts)
+    section(
         "files",
         [
             (name, f"{file.bytes:,} bytes", f"sha256 {file.sha256[:16]}...")
             for name, file in manifest.files.items()
         ],
     )
-    _section("provenance", [*manifest.provenance.items()])
+    section("provenance", [*manifest.provenance.items()])
     if missing:
         click.echo(f"  not recorded: {', '.join(missing)}")
     click.echo("made from" if len(lineage) > 1 else "made from no other bundle")
     for parent in lineage[1:]:
         click.echo("  " * parent["depth"] + _lineage_line(parent))
-    _section("promoted", [_promotion_line(entry) for entry in promotions])
+    section("promoted", [_promotion_line(entry) for entry in promotions])
 
 
 @click.command("diff")
@@ -221,36 +212,13 @@ def diff_models(a: str, b: str, registry: str, histories: int, seed: int, as_jso
     """Show what differs from A to B, each NAME@VERSION, NAME, or a directory. Runs both models."""
     from models.diff import diff_bundles  # noqa: PLC0415 - loads ONNX Runtime
 
-    store = open_store(registry)
-    with _directory(store, a) as one, _directory(store, b) as two:
-        found = diff_bundles(one, two, histories=histories, seed=seed)
+    store = opened(registry)
+    one, two = _directory(store, a), _directory(store, b)
+    found = diff_bundles(one, two, histories=histories, seed=seed)
     if as_json:
-        _print_json(msgspec.to_builtins(found))
+        print_json(msgspec.to_builtins(found))
     else:
         click.echo(diff_text(found))
-
-
-@click.command("promote")
-@click.argument("name")
-@click.argument("version")
-@registry_option
-@json_option
-def promote_model(name: str, version: str, registry: str, as_json: bool) -> None:
-    """Make VERSION of model NAME the one that serves; running workers swap to it."""
-    store = open_store(registry)
-    store.verify(name, version, store.manifest(name, version))
-    _print_release(name, store.promote(name, version, by=_whoami()), as_json)
-
-
-@click.command("rollback")
-@click.argument("name")
-@click.option("--to", default=None, metavar="VERSION", help="Any version promoted before.")
-@registry_option
-@json_option
-def rollback_model(name: str, to: str | None, registry: str, as_json: bool) -> None:
-    """Go back to the version of model NAME promoted before; again, to the one before that."""
-    store = open_store(registry)
-    _print_release(name, store.rollback(name, to, by=_whoami()), as_json)
 
 
 COMMANDS: Sequence[click.Command] = (
@@ -258,8 +226,6 @@ COMMANDS: Sequence[click.Command] = (
     list_models,
     show_model,
     diff_models,
-    promote_model,
-    rollback_model,
 )
 
 
@@ -276,7 +242,7 @@ def diff_text(diff: Diff) -> str:
     if diff.metrics:
         parts.append("metrics")
         parts.append(
-            _table(
+            table(
                 [
                     (
                         f"  {name}",
@@ -316,11 +282,11 @@ def _graph_lines(diff: Diff) -> list[str]:
     lines = ["operators" if graph.ops else "operators: the same"]
     if graph.ops:
         lines.append(
-            _table([(f"  {op}", str(one), "->", str(two)) for op, (one, two) in graph.ops.items()])
+            table([(f"  {op}", str(one), "->", str(two)) for op, (one, two) in graph.ops.items()])
         )
     lines.append("weights")
     lines.append(
-        _table(
+        table(
             [
                 (
                     f"  {kind}",
@@ -347,7 +313,7 @@ def _row(manifest: Manifest, serving: bool) -> dict[str, Any]:
         "serving": serving,
         "surface": manifest.surface,
         "precision": manifest.precision,
-        "bytes": _size(manifest),
+        "bytes": size(manifest),
         "created_at": manifest.created_at,
         "metrics": manifest.metrics,
     }
@@ -363,7 +329,7 @@ def _lineage(
         "depth": depth,
         "found": True,
         "precision": manifest.precision,
-        "bytes": _size(manifest),
+        "bytes": size(manifest),
         "metrics": manifest.metrics,
     }
     for parent in manifest.parents:
@@ -390,10 +356,6 @@ def _lineage_line(entry: dict[str, Any]) -> str:
     )
 
 
-def _has_history(release: Release | None) -> bool:
-    return release is not None and bool(release.history)
-
-
 def _promotion_line(entry: dict[str, Any]) -> tuple[str, ...]:
     by = f"by {entry['by']}" if entry.get("by") else ""
     return (
@@ -401,13 +363,6 @@ def _promotion_line(entry: dict[str, Any]) -> tuple[str, ...]:
         by,
         "(rollback)" if "rollback" in entry else "",
     )
-
-
-def _print_release(name: str, release: Release, as_json: bool) -> None:
-    if as_json:
-        _print_json({"name": name, **msgspec.to_builtins(release)})
-    else:
-        click.echo(f"{name}@{release.stable} serves from now on")
 
 
 def _is_directory(bundle: str) -> bool:
@@ -424,13 +379,8 @@ def _identity(store: Store, bundle: str) -> tuple[str, str]:
     return name, store.serving(name)
 
 
-@contextmanager
-def _directory(store: Store, bundle: str) -> Iterator[Path]:
-    if _is_directory(bundle):
-        yield Path(bundle)
-    else:
-        with store.local(*_identity(store, bundle)) as path:
-            yield path
+def _directory(store: Store, bundle: str) -> Path:
+    return Path(bundle) if _is_directory(bundle) else store.path(*_identity(store, bundle))
 
 
 @contextmanager
@@ -439,30 +389,6 @@ def _noting(problems: list[str]) -> Iterator[None]:
         yield
     except BundleError as error:
         problems.append(str(error))
-
-
-def _whoami() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
-
-
-def _size(manifest: Manifest) -> int:
-    return sum(file.bytes for file in manifest.files.values())
-
-
-def _megabytes(manifest: Manifest) -> str:
-    return f"{_size(manifest) / 1e6:.2f} MB"
-
-
-def _age(created: datetime) -> str:
-    seconds = max(0.0, (datetime.now(UTC) - created).total_seconds())
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _figure(value: float | None) -> str:
@@ -478,24 +404,3 @@ def _examples(names: Sequence[str]) -> str:
     if not names:
         return ""
     return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-def _section(title: str, rows: Sequence[tuple[str, ...]]) -> None:
-    if not rows:
-        return
-    if title:
-        click.echo(title)
-    click.echo(_table([(f"  {first}", *rest) for first, *rest in rows]))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the left."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from models.errors import ExtraMissingError
+from worker.errors import ExtraMissingError
 
 if TYPE_CHECKING:
     from models.text_eval import Row

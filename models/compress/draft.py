@@ -24,8 +24,9 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from models.compress.rewriter import Rewriter
 from models.dataset import Queries, padded
 from models.graph import ITEM_TABLE
-from worker.bundle import CARRY, MODEL_FILE, Manifest, TensorSpec, open_bundle, write_bundle
+from worker.bundle import open_bundle, write_bundle
 from worker.errors import StreamrecError
+from worker.manifest import CARRY, MODEL_FILE, Manifest, TensorSpec
 
 #: Difference of a score from its golden value where sums are of integers: those differ in their
 #: last bits between processors' instruction sets.

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from models.compress.draft import CompressionError, copied, feeds_for
 from models.compress.rewriter import Rewriter
-from worker.bundle import session_options
+from worker.session import session_options
 
 #: Histories whose states are computed at once.
 _BATCH = 256

@@ -17,7 +17,9 @@ from models.compress.draft import CompressionError, Draft, lower
 from models.dataset import Queries, padded
 from models.evaluate import bundle_accuracy, bundle_score
 from models.measure import K
-from worker.bundle import MODEL_FILE, Bundle, FileSpec, session_options
+from worker.bundle import Bundle
+from worker.manifest import MODEL_FILE, FileSpec
+from worker.session import session_options
 
 ROUNDS = 15
 

@@ -17,7 +17,7 @@ from models.rankers.report import ORIGINAL, Variant, compress_ranker, report_tab
 from worker.bundle import open_bundle
 from worker.errors import StreamrecError
 from worker.local.ml100k import load_ml100k
-from worker.registry import find, serving_version
+from worker.registry import LocalRegistry
 
 TRAIN = Asked(0.02, 0.7, queries=4000, negatives=10)
 CALIBRATION = Asked(0.7, 0.8, queries=400, negatives=50)
@@ -56,7 +56,8 @@ def run_demo(registry: Path, out: Path | None, say: Callable[[str], None]) -> di
         raise StreamrecError(
             f"the demo needs {error.name}: pip install 'streamrec[train,demo]'"
         ) from None
-    bundle = open_bundle(find(registry, "posts", serving_version(registry, "posts")))
+    bundles = LocalRegistry(registry)
+    bundle = open_bundle(bundles.path("posts", bundles.serving("posts")))
     train, calibration, test = rating_queries(load_ml100k(), bundle, [TRAIN, CALIBRATION, TEST])
     assert test.labels is not None and test.groups is not None
     reports: dict[str, Any] = {"baselines": {}}

@@ -26,7 +26,8 @@ from models.report.published import published
 from models.report.statistics import RESAMPLES
 from models.report.verdicts import findings, verdicts
 from models.stepping import restart, steps
-from worker.bundle import Bundle, Manifest, open_bundle
+from worker.bundle import Bundle, open_bundle
+from worker.manifest import Manifest
 
 FORMAT_VERSION = 1
 #: Histories whose explanations are compared.

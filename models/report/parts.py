@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from worker.bundle import ITEMS_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
+from worker.manifest import ITEMS_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
 
 #: Parts by names of weights, as our exports give them; compression keeps them as prefixes.
 _PATTERNS = {

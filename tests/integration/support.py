@@ -51,6 +51,8 @@ class World:
             "STREAMREC_EVENTS_TOPIC": self.events,
             "STREAMREC_RECOMMENDATIONS_TOPIC": self.recommendations,
             "STREAMREC_DEAD_LETTER_TOPIC": self.dead_letters,
+            "STREAMREC_RELEASES_TOPIC": f"{self.name}.releases",
+            "STREAMREC_DECISIONS_TOPIC": f"{self.name}.decisions",
             "STREAMREC_CREATE_TOPICS": "true",
             "STREAMREC_TOPIC_PARTITIONS": str(PARTITIONS),
             "STREAMREC_REGISTRY": str(registry),
@@ -78,9 +80,9 @@ class World:
 
         asyncio.run(run())
 
-    def read(self, topic: str) -> list[Any]:
+    def read(self, topic: str, partitions: int = PARTITIONS) -> list[Any]:
         """Every record now in `topic`."""
-        return asyncio.run(read_topic(self.broker.bootstrap, topic, partitions=PARTITIONS))
+        return asyncio.run(read_topic(self.broker.bootstrap, topic, partitions=partitions))
 
     def cached(self, user: str, surface: str = "posts") -> dict[str, Any] | None:
         """What Redis holds for a user."""

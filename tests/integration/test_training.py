@@ -20,7 +20,8 @@ from models.sasrec import Shape
 from models.search import search
 from models.train import CheckpointError, Recipe, fit
 from models.trainer import Options, Trained, TrainingError, train
-from worker.bundle import open_bundle, read_manifest
+from worker.bundle import open_bundle
+from worker.bundle_files import read_manifest
 
 ITEMS = 30
 RECIPE = Recipe(dropout=0.1, epochs=60, batch=32, learning_rate=5e-3, average=0.9, warmup=10)

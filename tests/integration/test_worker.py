@@ -12,7 +12,7 @@ from worker.cli import main
 from worker.local.kafka import KafkaBroker
 from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
-from worker.registry import promote
+from worker.registry import LocalRegistry
 
 
 @pytest.fixture
@@ -91,12 +91,12 @@ def test_bad_records_go_to_the_dead_letter_topic_and_the_stream_goes_on(world: W
 
 def test_a_promoted_version_takes_over_between_two_events(world: World, registry: Path) -> None:
     tiny_bundle(registry / "posts" / "v2", seed=2)
-    promote(registry, "posts", "v1")
+    LocalRegistry(registry).promote("posts", "v1")
     with world.worker() as worker:
         world.send([event("ann", ITEMS[0], 1)])
         eventually(lambda: world.cached("ann") is not None, "served by v1")
         assert (world.cached("ann") or {})["model_version"] == "posts@v1"
-        promote(registry, "posts", "v2")
+        LocalRegistry(registry).promote("posts", "v2")
         eventually(lambda: 'version="v2"' in worker.get("/metrics")[1], "v2 serves")
         world.send([event("ann", ITEMS[1], 2)])
         eventually(

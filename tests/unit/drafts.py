@@ -18,7 +18,7 @@ from models.dataset import Queries
 from models.export import export
 from models.graph import ITEM_TABLE
 from models.sasrec import Shape
-from worker.bundle import Manifest
+from worker.manifest import Manifest
 
 LENGTH, WIDTH = 6, 16
 

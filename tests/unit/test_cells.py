@@ -22,7 +22,8 @@ from tests.unit.drafts import (
     made,
     rounded_table,
 )
-from worker.bundle import check_bundle, open_bundle
+from worker.bundle import open_bundle
+from worker.bundle_checks import check_bundle
 from worker.errors import BundleError
 from worker.scorer import Run, score
 

@@ -18,6 +18,7 @@ from worker.bundle import Bundle, open_bundle
 from worker.cold_items import ColdIndex, ColdItems
 from worker.events import Records, Surface
 from worker.metrics import Metrics
+from worker.models import Serving
 from worker.processor import Made, Processor
 from worker.rules import Rules
 from worker.scorer import Run, score
@@ -33,7 +34,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def encode(cold: ColdItems, bundle: Bundle) -> None:
     texts = cold.without_vector(bundle)
     assert bundle.text is not None
-    cold.add_vectors(list(texts), bundle.text.encode(list(texts.values())))
+    cold.add_vectors(bundle, list(texts), bundle.text.encode(list(texts.values())))
+
+
+def found(cold: ColdItems, bundle: Bundle) -> tuple[str, ...]:
+    """Items that have a vector of `bundle`."""
+    index = cold.index(bundle)
+    if index is None:
+        return ()
+    assert len(index.vectors) == len(index.items)
+    return index.items
 
 
 def test_an_item_needs_one_vector_and_keeps_its_first_text(bundle: Bundle) -> None:
@@ -43,7 +53,7 @@ def test_an_item_needs_one_vector_and_keeps_its_first_text(bundle: Bundle) -> No
     assert cold.without_vector(bundle) == {"post": "first"}
     encode(cold, bundle)
     assert cold.without_vector(bundle) == {}
-    assert cold.index is not None and cold.index.items == ("post",)
+    assert found(cold, bundle) == ("post",)
 
 
 def test_a_text_is_kept_up_to_a_bound(bundle: Bundle) -> None:
@@ -58,24 +68,28 @@ def test_items_go_when_their_time_is_over(bundle: Bundle) -> None:
     cold.note("new", "b", 30.0)
     encode(cold, bundle)
     cold.expire(61.0)
-    assert cold.index is not None and cold.index.items == ("new",)
-    assert len(cold.index.vectors) == 1
+    assert found(cold, bundle) == ("new",)
     cold.expire(200.0)
-    assert cold.index is None and len(cold) == 0
+    assert found(cold, bundle) == () and len(cold) == 0
     # It may come again, with a vector of its own.
     assert cold.note("old", "a", 201.0)
 
 
-def test_a_swap_makes_items_warm_and_vectors_new(bundle: Bundle, tmp_path: Path) -> None:
+def test_each_version_has_vectors_of_its_own(bundle: Bundle, tmp_path: Path) -> None:
     cold = ColdItems(max_items=10, ttl_s=60.0)
     cold.note("post", "a", 0.0)
     cold.note("other", "b", 0.0)
     encode(cold, bundle)
     newer = replace(bundle, path=tmp_path / "v2", items=(*ITEMS[:-1], "post"))
     assert cold.without_vector(newer) == {"other": "b"}
-    assert cold.index is None
+    assert found(cold, newer) == ()
     encode(cold, newer)
-    assert cold.index is not None and cold.index.items == ("other",)
+    assert found(cold, newer) == ("other",)
+    # Beside each other, as in a trial.
+    assert found(cold, bundle) == ("post", "other")
+    assert cold.without_vector(bundle) == {}
+    cold.keep([newer])
+    assert found(cold, newer) == ("other",)
     # Taken back, the old version does not know the post again.
     assert cold.without_vector(bundle) == {"post": "a", "other": "b"}
 
@@ -85,8 +99,8 @@ def test_vectors_of_items_that_went_meanwhile_are_dropped(bundle: Bundle) -> Non
     cold.note("post", "a", 0.0)
     texts = cold.without_vector(bundle)
     cold.expire(100.0)
-    cold.add_vectors(list(texts), np.zeros((1, 4), dtype=np.float32))
-    assert cold.index is None
+    cold.add_vectors(bundle, list(texts), np.zeros((1, 4), dtype=np.float32))
+    assert found(cold, bundle) == ()
 
 
 @settings(deadline=None, max_examples=30)
@@ -102,7 +116,7 @@ def test_there_are_never_more_than_the_bound(
             cold.expire(float(now))
         assert len(cold) <= most
     encode(cold, bundle)
-    items = cold.index.items if cold.index is not None else ()
+    items = found(cold, bundle)
     assert len(items) == len(set(items)) == len(cold)
 
 
@@ -135,7 +149,10 @@ class FakeCache:
     def write_batch(self, **effects: Any) -> None:
         self.written.append(effects)
 
-    def read_histories(self, keys: list[Any]) -> list[None]:
+    def read_users(self, keys: list[Any]) -> list[tuple[None, None]]:
+        return [(None, None)] * len(keys)
+
+    def read_tallies(self, keys: list[Any]) -> list[None]:
         return [None] * len(keys)
 
     def read_popularity(self, key: object, into: object) -> None:
@@ -146,7 +163,8 @@ class FakeCache:
 
 
 def processor(bundle: Bundle, cache: FakeCache, **flags: Any) -> Processor:
-    models = SimpleNamespace(serving=lambda surface: bundle if surface is Surface.POSTS else None)
+    serving = Serving(Surface.POSTS, bundle)
+    models = SimpleNamespace(serving=lambda surface: serving if surface is Surface.POSTS else None)
     return Processor(
         load_settings(require_user_key=False, top_k=45, **flags),
         cache=cast(Any, cache),

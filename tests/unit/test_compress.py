@@ -24,8 +24,10 @@ from models.family import Params
 from models.graph import ForeignGraphError
 from models.sasrec import Shape
 from tests.conftest import ITEMS, tiny_bundle
-from worker.bundle import Manifest, open_bundle, read_manifest
+from worker.bundle import open_bundle
+from worker.bundle_files import read_manifest
 from worker.errors import BundleError
+from worker.manifest import Manifest
 
 COUNT = 60
 SHAPE = Shape.fresh(COUNT, length=12, width=32, blocks=2, heads=2)

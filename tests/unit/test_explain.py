@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from models.explanations import MIN_HISTORY, agreement
 from tests.conftest import ITEMS, tiny_bundle, tiny_model
 from worker import explain as module
-from worker.bundle import Bundle, Manifest, open_bundle
+from worker.bundle import Bundle, open_bundle
 from worker.explain import (
     NO_ITEM,
     NOT_A_CANDIDATE,
@@ -26,6 +26,7 @@ from worker.explain import (
     explain,
     leave_one_out,
 )
+from worker.manifest import Manifest
 from worker.readable import as_text
 
 #: Scores float64 `[item_count]` of one unpadded history of model indexes.

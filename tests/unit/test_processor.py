@@ -27,10 +27,10 @@ class FakeRedis:
         self.writes: list[dict[str, Any]] = []
         self.reads = 0
 
-    def read_histories(self, keys: list[Any]) -> list[None]:
+    def read_users(self, keys: list[Any]) -> list[tuple[None, None]]:
         self.reads += 1
         self.on_read()
-        return [None] * len(keys)
+        return [(None, None)] * len(keys)
 
     def read_popularity(self, key: object, into: object) -> None:
         return None

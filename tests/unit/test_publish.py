@@ -1,94 +1,33 @@
-"""Publishing: whole or not at all, never overwritten, promoted and rolled back without loss."""
+"""Publishing: whole or not at all, never overwritten; what differs; the commands."""
 
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
-from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from models.diff import diff_bundles
-from models.errors import ExtraMissingError, StoreError
 from models.provenance import REQUIRED, commit, missing_provenance, provenance
 from models.publish import RefusedError, publish
 from models.stores import LocalStore, RemoteStore, Store, VersionExistsError, open_store
 from tests.conftest import ITEMS, tiny_bundle, tiny_model
-from worker.bundle import MANIFEST_FILE, MODEL_FILE, check_bundle, open_bundle, read_manifest
+from tests.unit.faulty_store import FaultyFileSystem, Killed
+from worker.bundle import open_bundle
+from worker.bundle_checks import check_bundle
+from worker.bundle_files import read_manifest
 from worker.cli import main
-from worker.errors import BundleError
-from worker.registry import (
-    MAX_HISTORY,
-    RELEASE_FILE,
-    Release,
-    decode_release,
-    promote,
-    promoted,
-    read_release,
-    rollback,
-    rolled_back,
-    serving_version,
-)
+from worker.errors import BundleError, ExtraMissingError, StoreError
+from worker.manifest import MANIFEST_FILE, MODEL_FILE
+from worker.registry import LocalRegistry
 
 SHIPPED = Path(__file__).parents[2] / "models" / "shipped" / "posts"
-
-
-class Killed(BaseException):
-    """The publisher dies here: nothing catches that."""
-
-
-class FaultyFileSystem(MemoryFileSystem):
-    """A store of its own that dies before its `dies_at`-th change, or in the middle of it."""
-
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-    cachable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.changes = 0
-        self.dies_at: int | None = None
-        #: A change that dies leaves half its bytes: sftp does so, object stores do not.
-        self.leaves_half = False
-        self.flips_bytes = False
-
-    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        self._write(rpath, Path(lpath).read_bytes())
-
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        if mode == "create" and self.exists(path):
-            raise FileExistsError(path)
-        self._write(path, value)
-
-    def rm_file(self, path: str) -> None:
-        self._count()
-        super().rm_file(path)
-
-    def _write(self, path: str, data: bytes) -> None:
-        try:
-            self._count()
-        except Killed:
-            if self.leaves_half:
-                super().pipe_file(path, data[: len(data) // 2])
-            raise
-        if self.flips_bytes:
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        super().pipe_file(path, data)
-
-    def _count(self) -> None:
-        self.changes += 1
-        if self.changes == self.dies_at:
-            raise Killed
 
 
 @pytest.fixture
@@ -99,8 +38,8 @@ def files() -> Iterator[FaultyFileSystem]:
 
 
 @pytest.fixture
-def remote(files: FaultyFileSystem) -> RemoteStore:
-    return RemoteStore(files, "/models", "memory://models")
+def remote(files: FaultyFileSystem, tmp_path: Path) -> RemoteStore:
+    return RemoteStore(files, "/models", "memory://models", tmp_path / "mirror")
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -128,9 +67,9 @@ def streamrec(*arguments: str) -> Result:
 def test_a_published_bundle_is_the_one_that_was_made(store: Store, bundle: Path) -> None:
     assert publish(bundle, store).written
     assert (store.names(), store.versions("posts")) == (["posts"], ["v1"])
-    with store.local("posts", "v1") as copy:
-        assert check_bundle(copy) == []
-        assert read_manifest(copy) == read_manifest(bundle)
+    copy = store.path("posts", "v1")
+    assert check_bundle(copy) == []
+    assert read_manifest(copy) == read_manifest(bundle)
 
 
 def test_publishing_the_same_again_changes_nothing(store: Store, bundle: Path) -> None:
@@ -185,12 +124,11 @@ def test_a_reader_never_sees_half_an_upload_and_a_retry_completes_it(
         # Only a manifest that the store itself keeps half of can be listed, and it opens nothing.
         if remote.versions("posts"):
             assert leaves_half
-            with pytest.raises(BundleError, match="not a manifest"), remote.local("posts", "v1"):
-                pass
+            with pytest.raises(BundleError, match="not a manifest"):
+                remote.path("posts", "v1")
         files.dies_at = None
         assert publish(bundle, remote).written
-        with remote.local("posts", "v1") as copy:
-            assert check_bundle(copy) == []
+        assert check_bundle(remote.path("posts", "v1")) == []
 
 
 @pytest.mark.parametrize("step", range(1, 4))
@@ -251,9 +189,9 @@ def test_of_two_publishers_at_once_the_later_is_refused(
     files.pipe_file = after_the_other  # type: ignore[assignment, method-assign]
     with pytest.raises(VersionExistsError, match="by another at the same time"):
         publish(bundle, remote)
-    with remote.local("posts", "v1") as copy:
-        assert read_manifest(copy) == read_manifest(other)
-        assert check_bundle(copy) == []
+    copy = remote.path("posts", "v1")
+    assert read_manifest(copy) == read_manifest(other)
+    assert check_bundle(copy) == []
 
 
 def test_of_two_local_publishers_at_once_the_later_is_refused(tmp_path: Path, bundle: Path) -> None:
@@ -269,12 +207,10 @@ def test_of_two_local_publishers_at_once_the_later_is_refused(tmp_path: Path, bu
 
 def test_a_renamed_bundle_says_what_it_was_called(store: Store, bundle: Path) -> None:
     publish(bundle, store, name="feed")
-    with store.local("feed", "v1") as copy:
-        publish(copy, store, version="v2")
+    publish(store.path("feed", "v1"), store, version="v2")
     manifest = store.manifest("feed", "v2")
     assert manifest.provenance["renamed_from"] == "feed@v1, posts@v1"
-    with store.local("feed", "v2") as copy:
-        assert check_bundle(copy) == []
+    assert check_bundle(store.path("feed", "v2")) == []
 
 
 @pytest.mark.parametrize("name", ["a b", "a@b", "../x", ".x", "x" * 129, "a/b", "a\nb"])
@@ -289,40 +225,29 @@ def test_a_version_copied_by_hand_to_another_place_is_told(tmp_path: Path, bundl
         LocalStore(tmp_path / "registry").manifest("posts", "v9")
 
 
-def test_a_manifest_in_a_store_cannot_make_a_reader_write_elsewhere(
-    files: FaultyFileSystem, remote: RemoteStore, bundle: Path
-) -> None:
-    publish(bundle, remote)
-    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
-    manifest["files"]["../../secret"] = {"sha256": "0", "bytes": 1}
-    files.pipe_file("/models/posts/v1/manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(BundleError, match="plain"), remote.local("posts", "v1"):
-        pass
-
-
 # Stores
 
 
 def test_a_file_url_is_the_directory_that_it_names(tmp_path: Path, bundle: Path) -> None:
-    publish(bundle, open_store(f"file://{tmp_path}/registry"))
+    publish(bundle, open_store(f"file://{tmp_path}/registry", tmp_path / "mirror"))
     assert LocalStore(tmp_path / "registry").versions("posts") == ["v1"]
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("s3fs", "pip install s3fs"), ("fsspec.core", r"pip install 'streamrec\[train\]'")],
+    [("s3fs", "pip install s3fs"), ("fsspec.core", r"pip install 'streamrec\[remote\]'")],
 )
 def test_a_missing_driver_is_named_with_its_pip_command(
-    monkeypatch: pytest.MonkeyPatch, missing: str, message: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str, message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ExtraMissingError, match=message):
-        open_store("s3://bucket/models")
+        open_store("s3://bucket/models", tmp_path)
 
 
-def test_an_unknown_kind_of_store_is_told() -> None:
+def test_an_unknown_kind_of_store_is_told(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="nope://x is no store"):
-        open_store("nope://x")
+        open_store("nope://x", tmp_path)
 
 
 def test_what_a_driver_raises_becomes_one_line(
@@ -372,143 +297,6 @@ def test_the_commit_is_that_of_the_code_and_marks_changes_to_it(tmp_path: Path) 
     assert commit(tmp_path) == head
     code.write_text("changed = True\n")
     assert commit(tmp_path) == f"{head}+dirty"
-
-
-# Promotion
-
-
-def published(store: Store, tmp_path: Path, *versions: str) -> None:
-    for version in versions:
-        publish(tiny_bundle(tmp_path / "made" / version), store)
-
-
-def test_rolling_back_retraces_the_promotions(store: Store, tmp_path: Path) -> None:
-    published(store, tmp_path, "a", "b", "c")
-    for version in ("a", "b", "b", "c"):
-        store.promote("posts", version, by="ann")
-    assert [store.rollback("posts").stable for _ in range(2)] == ["b", "a"]
-    with pytest.raises(BundleError, match="no version of posts was promoted before a"):
-        store.rollback("posts")
-    assert store.rollback("posts", "c").stable == store.serving("posts") == "c"
-    with pytest.raises(BundleError, match="not among the last 20"):
-        store.rollback("posts", "never")
-    release = store.release("posts")
-    assert release is not None
-    assert [entry.version for entry in release.history] == ["a", "b", "b", "c", "b", "a", "c"]
-    assert [entry.by for entry in release.history[:4]] == ["ann"] * 4
-
-
-def test_a_version_that_is_gone_is_not_rolled_back_to(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path / "registry")
-    published(store, tmp_path, "a", "b")
-    for version in ("a", "b"):
-        store.promote("posts", version)
-    shutil.rmtree(tmp_path / "registry" / "posts" / "a")
-    with pytest.raises(BundleError, match="has no version 'a'"):
-        store.rollback("posts")
-    assert store.serving("posts") == "b"
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9))
-def test_as_many_rollbacks_as_promotions_lead_back_to_the_first(versions: list[str]) -> None:
-    release: Release | None = None
-    for version in versions:
-        release = promoted(release, version)
-    served = [versions[-1]]
-    with suppress(BundleError):
-        for _ in versions:
-            release = rolled_back(release, "posts")
-            served.append(release.stable)
-    runs = [v for place, v in enumerate(versions) if place == 0 or versions[place - 1] != v]
-    # Each version promoted, latest first; the history's bound is not reached.
-    assert served == runs[::-1]
-
-
-def test_the_history_is_bounded(tmp_path: Path) -> None:
-    tiny_bundle(tmp_path / "posts" / "a")
-    for number in range(MAX_HISTORY + 5):
-        release = promote(tmp_path, "posts", "a", by=str(number))
-    assert [entry.by for entry in release.history] == [str(n) for n in range(5, MAX_HISTORY + 5)]
-
-
-def test_a_release_without_history_reads_and_rolls_back(tmp_path: Path) -> None:
-    for version in ("a", "b"):
-        tiny_bundle(tmp_path / "posts" / version)
-    (tmp_path / "posts" / RELEASE_FILE).write_text('{"stable":"a"}')
-    assert serving_version(tmp_path, "posts") == "a"
-    promote(tmp_path, "posts", "b")
-    assert rollback(tmp_path, "posts").stable == "a"
-
-
-def test_a_worker_of_the_first_release_reads_the_promoted_version(tmp_path: Path) -> None:
-    class FirstRelease(msgspec.Struct):
-        stable: str
-
-    tiny_bundle(tmp_path / "posts" / "a")
-    promote(tmp_path, "posts", "a", by="ann")
-    data = (tmp_path / "posts" / RELEASE_FILE).read_bytes()
-    assert msgspec.json.decode(data, type=FirstRelease).stable == "a"
-
-
-def test_promoting_repairs_a_damaged_release_file(store: Store, tmp_path: Path) -> None:
-    published(store, tmp_path, "a")
-    if isinstance(store, LocalStore):
-        (store.root / "posts" / RELEASE_FILE).write_text('{"stable":')
-    else:
-        FaultyFileSystem().pipe_file(f"/models/posts/{RELEASE_FILE}", b'{"stable":')
-    with pytest.raises(BundleError, match=r"is damaged: .*; promote a version again"):
-        store.serving("posts")
-    with pytest.raises(BundleError, match="is damaged"):
-        store.rollback("posts")
-    store.promote("posts", "a")
-    assert store.serving("posts") == "a"
-
-
-@settings(deadline=None)
-@given(data=st.binary(max_size=100))
-def test_no_bytes_as_release_file_crash_the_reader(data: bytes) -> None:
-    with suppress(BundleError):
-        decode_release(data, "release.json")
-
-
-PROMOTE_IN_TURN = """
-import sys
-from pathlib import Path
-from worker.registry import promote
-for number in range(6):
-    promote(Path(sys.argv[1]), "posts", "ab"[number % 2], by=f"{sys.argv[2]}.{number}")
-"""
-
-
-def test_processes_that_promote_at_once_lose_no_history(tmp_path: Path) -> None:
-    for version in "ab":
-        tiny_bundle(tmp_path / "posts" / version)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROMOTE_IN_TURN, str(tmp_path), str(process)])
-        for process in range(3)
-    ]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
-    release = read_release(tmp_path, "posts")
-    assert release is not None
-    assert {e.by for e in release.history} == {f"{p}.{n}" for p in range(3) for n in range(6)}
-    assert serving_version(tmp_path, "posts") == release.history[-1].version
-
-
-def test_an_interrupted_promotion_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for version in "ab":
-        tiny_bundle(tmp_path / "posts" / version)
-    promote(tmp_path, "posts", "a")
-
-    def dying(*_: Any) -> None:
-        raise Killed
-
-    monkeypatch.setattr(Path, "replace", dying)
-    with pytest.raises(Killed):
-        promote(tmp_path, "posts", "b")
-    assert serving_version(tmp_path, "posts") == "a"
 
 
 # Differences
@@ -579,7 +367,7 @@ def test_catalogues_without_a_common_item_are_not_asked(tmp_path: Path, bundle: 
 @pytest.fixture
 def registry(tmp_path: Path) -> str:
     store = LocalStore(tmp_path / "registry")
-    published(store, tmp_path, "a")
+    publish(tiny_bundle(tmp_path / "made" / "a"), store)
     publish(tiny_bundle(tmp_path / "made" / "b", seed=1, parents=["a", "gone@v0"]), store)
     return store.url
 
@@ -642,5 +430,6 @@ def test_what_cannot_be_done_is_one_line(registry: str, command: list[str], mess
 
 
 def test_a_reader_of_the_worker_opens_what_was_published(registry: str) -> None:
-    version = serving_version(Path(registry), "posts")
-    assert open_bundle(Path(registry) / "posts" / version).manifest.version == "b"
+    reader = LocalRegistry(Path(registry))
+    path = reader.path("posts", reader.serving("posts"))
+    assert open_bundle(path).manifest.version == "b"

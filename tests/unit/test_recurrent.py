@@ -23,8 +23,10 @@ from models.family import Params
 from models.lrurec import Shape, recurrence
 from models.stepping import restart, steps
 from tests.conftest import tiny_bundle, tiny_model
-from worker.bundle import Bundle, Manifest, check_bundle, open_bundle, write_bundle
+from worker.bundle import Bundle, open_bundle, write_bundle
+from worker.bundle_checks import check_bundle
 from worker.errors import BundleError
+from worker.manifest import Manifest
 
 COUNT, LENGTH = 60, 12
 SHAPE = Shape.fresh(COUNT, length=LENGTH, width=32, blocks=2, channels=16)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.conftest import ITEMS, tiny_bundle, tiny_model
-from worker.bundle import Bundle, check_bundle, open_bundle
+from worker.bundle import Bundle, open_bundle
+from worker.bundle_checks import check_bundle
 from worker.errors import BundleError
 from worker.text import SCHEME, TextSpec, grams, padded_grams
 

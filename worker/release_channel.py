@@ -1,0 +1,84 @@
+"""Releases pushed through a compacted Kafka topic: the key is the model's name, the value what
+`release.json` holds. Every worker reads all of it, without a group.
+
+A push is quicker than a look at the registry, and no more: whichever is newer counts
+(`releases.newer`), so a lost, late or repeated push does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from worker.errors import BrokerError, BundleError
+from worker.outbox import Outgoing
+from worker.releases import Release, decode_release, encode_release
+
+log = logging.getLogger(__name__)
+
+#: Seconds until a lost broker is asked again.
+AGAIN_S = 2.0
+
+
+def release_record(topic: str, name: str, release: Release) -> Outgoing:
+    """A release as a record."""
+    return Outgoing(topic, name.encode(), encode_release(release), [])
+
+
+async def follow_releases(kafka: str, topic: str, note: Callable[[str, Release], None]) -> None:
+    """Hand each release in `topic` to `note`, from the first on; until cancelled."""
+    while True:
+        consumer = AIOKafkaConsumer(
+            topic,
+            bootstrap_servers=kafka,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            client_id="streamrec-releases",
+        )
+        try:
+            await consumer.start()
+            async for record in consumer:
+                _take(record.key, record.value, note)
+        except (KafkaError, OSError) as error:
+            log.warning("releases_unread topic=%s error=%r; they are read again", topic, error)
+            await asyncio.sleep(AGAIN_S)
+        finally:
+            await consumer.stop()
+
+
+def _take(key: bytes | None, value: bytes | None, note: Callable[[str, Release], None]) -> None:
+    if not key or not value:
+        return
+    name = key.decode("utf-8", "replace")
+    try:
+        release = decode_release(value, f"the release of {name}")
+    except BundleError as error:
+        # Anybody may write to a topic; the registry still says what serves.
+        log.error("release_damaged model=%s error=%s", name, error)
+        return
+    note(name, release)
+
+
+async def push_release(kafka: str, topic: str, name: str, release: Release) -> None:
+    """Write a release to `topic`; for the command line.
+
+    Raises:
+        BrokerError: Kafka does not take it.
+    """
+    record = release_record(topic, name, release)
+    producer = AIOKafkaProducer(bootstrap_servers=kafka, acks="all", request_timeout_ms=10_000)
+    try:
+        await producer.start()
+        await producer.send_and_wait(topic, record.value, record.key)
+    except (KafkaError, OSError) as error:
+        raise BrokerError(
+            f"the release is in the registry, and was not pushed to {topic} at {kafka} ({error}):"
+            " workers find it at their next look at the registry"
+        ) from None
+    finally:
+        await producer.stop()
