@@ -150,6 +150,8 @@ class WorkerSubject(Subject):
             "events-topic": topics.events,
             "recommendations-topic": topics.recommendations,
             "dead-letter-topic": topics.dead_letters,
+            "releases-topic": "",
+            "decisions-topic": "",
             "history-length": str(HISTORY_LENGTH),
             "top-k": str(config.top_k),
             "session-timeout-s": str(config.session_s),

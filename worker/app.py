@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,7 @@ from worker.pipeline import KAFKA_FAILURES, Pipeline
 from worker.processor import Processor
 from worker.registry import open_registry
 from worker.release_channel import follow_releases
+from worker.releases import Release
 from worker.rules import Rules, read_rules
 from worker.session import MAX_RUN_ROWS
 from worker.settings import Settings
@@ -55,8 +57,11 @@ class StreamrecApp(faust.App):
         await self.add_runtime_dependency(Background(self))
 
 
-def create_app(settings: Settings) -> StreamrecApp:
+def create_app(settings: Settings, releases: Mapping[str, Release]) -> StreamrecApp:
     """Build the app; connects to nothing yet, except that it loads the models.
+
+    Args:
+        releases: by model, those that were pushed before this start.
 
     Raises:
         BundleError: a model is missing or broken.
@@ -78,6 +83,8 @@ def create_app(settings: Settings) -> StreamrecApp:
         ],
         metrics=metrics,
     )
+    for name, release in releases.items():
+        models.note(name, release)
     models.load_all()
     rules = read_rules(settings.rules) if settings.rules is not None else Rules()
     poll_records = settings.batch_max_events

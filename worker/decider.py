@@ -11,13 +11,14 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
 from worker.cache import REDIS_FAILURES, Cache, PartitionKey
-from worker.errors import ReleaseChangedError, StoreError
+from worker.errors import ReleaseChangedError, StoreError, StreamrecError
 from worker.events import Surface
 from worker.gate import Decision, Verdict, decide
 from worker.metrics import Metrics
@@ -82,8 +83,13 @@ class Decider:
             if release is None or release.canary is None or not release.canary.auto:
                 continue
             decision = self._decision(serving, release, release.canary, tally)
-            if decision is not None:
+            if decision is None:
+                continue
+            try:
                 await self._carry_out(serving, release, release.canary, decision)
+            except StreamrecError as error:
+                # The other surfaces have trials too.
+                log.error("decision_failed surface=%s error=%s", surface.value, error)
 
     def rest(self) -> None:
         """Export nothing: another worker decides, or a trial is over."""
@@ -174,13 +180,15 @@ class Decider:
         try:
             return self._registry.change(name, transition, expect_revision=release.revision)
         except ReleaseChangedError as error:
-            stored = self._registry.release(name)
-            if newer(stored, release) != release:
-                log.info("decided_too_late model=%s error=%s", name, error)
-                return None
-            # The release was pushed, and the registry does not have it.
+            # Or the release was pushed, and the registry does not have it.
+            log.info("release_changed model=%s error=%s", name, error)
         except StoreError as error:
             log.warning("registry_not_written model=%s error=%s", name, error)
+        with suppress(StoreError):
+            # A decision must not outdo, by its later revision, what a person did meanwhile.
+            if newer(self._registry.release(name), release) != release:
+                log.info("decided_too_late model=%s revision=%d", name, release.revision)
+                return None
         if not self._settings.releases_topic:
             log.error(
                 "decision_not_carried_out model=%s; make the registry writable for the workers, or"

@@ -117,6 +117,9 @@ class ListMaker:
         self._forget_others(serving)
         stable, rival = serving.stable, serving.rival
         if rival is None:
+            if self._trial.period:
+                self._trial = _Trial(0)
+                self._metrics.score_drift.remove(self._surface.value)
             lists = self._rank(stable, range(len(users)), users, histories)
             return self._listings(stable, lists.ranked), {}, None
         arms = [arm(serving, user) for user in users]

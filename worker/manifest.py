@@ -24,7 +24,9 @@ MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 
 MAX_MANIFEST_BYTES = 4 << 20
-#: What a name or version may be: no separator of NAME@VERSION, of a path or URL, or of settings.
+#: What a name or version may be where it is no more than a directory's name.
+_SAFE = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,128}")
+#: What a published one may be: no separator of NAME@VERSION, of a path or URL, or of settings.
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
 
@@ -170,9 +172,10 @@ def check_manifest(manifest: Manifest) -> None:
         BundleError: they do not; the first problem.
     """
     for what, part in (("name", manifest.name), ("version", manifest.version)):
-        if not PART.fullmatch(part):
+        if not _SAFE.fullmatch(part):
             raise BundleError(
-                f"{what} {part[:200]!r} must be 1 to 128 letters, digits and . _ + -",
+                f"{what} {part[:200]!r} must be 1 to 128 printable characters without / and \\, and"
+                " not begin with a dot",
                 Refusal.IDENTITY,
             )
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 #: Seconds until a version that could not be loaded is tried again under the same release: a copy
 #: may have been mended, or memory have come free.
 REFUSED_AGAIN_S = 60.0
+#: A pushed release may be this far ahead of this machine's clock, in seconds. Revisions are times:
+#: one from the far future would outdo every release that people make from then on.
+MAX_AHEAD_S = 86_400.0
 
 Role = Literal["stable", "canary", "shadow"]
 
@@ -101,11 +104,13 @@ class Models:
         self._metrics = metrics
         self._serving: dict[Surface, Serving] = {}
         self._releases: dict[str, Release] = {}
+        #: Releases come to the event loop by push, and to a loading thread from the registry.
+        self._releases_lock = threading.Lock()
         #: Why a version could not be loaded under a revision, and when (`time.monotonic()`): it is
         #: not tried again at each look.
         self._refused: dict[tuple[str, str, int], tuple[str, float]] = {}
-        #: Why a surface is not as it should be, so that it is logged once.
-        self._complaints: dict[Surface, str] = {}
+        #: Why a surface is not as it should be, by what is wrong, so that it is logged once.
+        self._complaints: dict[tuple[Surface, str], str] = {}
         #: Bundles were let go whose memory is to be given back.
         self._let_go = False
         #: Set when a release was pushed.
@@ -140,7 +145,12 @@ class Models:
         return all(surface in self._serving for surface in self._choices)
 
     def note(self, name: str, release: Release) -> None:
-        """A release of model `name` was pushed."""
+        """A release of model `name` was pushed; anybody may have done that."""
+        if all(choice.name != name for choice in self._choices.values()):
+            return
+        if release.revision > (time.time() + MAX_AHEAD_S) * 1000.0:
+            log.error("release_from_the_future model=%s revision=%d", name, release.revision)
+            return
         if self._known(name, release):
             self.pushed.set()
 
@@ -165,11 +175,9 @@ class Models:
             try:
                 serving = await asyncio.to_thread(self._loaded, surface, choice)
             except StreamrecError as error:
-                if self._complaints.get(surface) != str(error):
-                    log.error("release_not_followed surface=%s error=%s", surface.value, error)
-                self._complaints[surface] = str(error)
+                self._complain(surface, "release_not_followed", str(error))
                 continue
-            self._complaints.pop(surface, None)
+            self._complain(surface, "release_not_followed", None)
             if serving == self._serving.get(surface):
                 continue
             loaded = time.perf_counter()
@@ -197,17 +205,26 @@ class Models:
             described["share"] = serving.share
         described["refused"] = {
             version: reason
-            for (model, version, revision), (reason, _) in self._refused.items()
+            for (model, version, revision), (reason, _) in dict(self._refused).items()
             if model == name and revision == serving.revision
         }
         return described
 
+    def _complain(self, surface: Surface, event: str, problem: str | None) -> None:
+        """Log what is wrong, None for nothing, where it was not so before."""
+        if problem is None:
+            self._complaints.pop((surface, event), None)
+        elif self._complaints.get((surface, event)) != problem:
+            self._complaints[surface, event] = problem
+            log.error("%s surface=%s error=%s", event, surface.value, problem)
+
     def _known(self, name: str, release: Release | None) -> bool:
         """Keep the newer release of a model; whether that is another than before."""
-        before = self._releases.get(name)
-        after = newer(before, release)
-        if after is not None:
-            self._releases[name] = after
+        with self._releases_lock:
+            before = self._releases.get(name)
+            after = newer(before, release)
+            if after is not None:
+                self._releases[name] = after
         return after != before
 
     def _loaded(self, surface: Surface, choice: ModelChoice) -> Serving:
@@ -220,6 +237,12 @@ class Models:
             found, known = self._registry.refresh(choice.name)
             self._known(choice.name, found)
             release = self._releases.get(choice.name)
+            problem = None
+            if release is not None and release != found and release.stable not in known:
+                # Not there yet, or never: a push must not be able to stop a worker.
+                problem = f"{self._registry.url} has no version {release.stable!r}"
+                release = found
+            self._complain(surface, "push_not_followed", problem)
         else:
             # A pinned version serves whatever is released, even where the release is damaged.
             release, known = None, tuple(self._registry.versions(choice.name))
@@ -235,10 +258,14 @@ class Models:
         version = wanted.canary or wanted.shadow
         self._registry.keep(choice.name, [wanted.stable, *([version] if version else [])])
         stable, rival = bundle(wanted.stable), None
+        problem = f"not in the registry: {wanted.missing}" if wanted.missing else None
         if version is not None:
             # A trial that cannot be loaded harms nobody: the stable version serves all.
-            with suppress(StreamrecError):
+            try:
                 rival = bundle(version)
+            except StreamrecError as error:
+                problem = str(error)
+        self._complain(surface, "trial_not_loaded", problem)
         return Serving(
             surface,
             stable,
@@ -286,6 +313,7 @@ class Models:
                 surface.value, version, error.reason.value, error,
             )  # fmt: skip
             raise
+        self._refused.pop((name, version, revision), None)
         self._metrics.model_memory_bytes.labels(surface.value, version).set(
             max(0, resident_bytes() - before)
         )
@@ -310,7 +338,8 @@ class Models:
                     metrics.model_file_bytes.remove(surface.value, manifest.version)
                     metrics.model_memory_bytes.remove(surface.value, manifest.version)
                     self._let_go = True
-            metrics.swaps.labels(surface.value).inc()
+            if before.bundles != serving.bundles:
+                metrics.swaps.labels(surface.value).inc()
         for role, bundle in serving.bundles.items():
             manifest = bundle.manifest
             metrics.model_info.labels(

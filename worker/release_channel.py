@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaError
+from aiokafka.structs import TopicPartition
 
 from worker.errors import BrokerError, BundleError
 from worker.outbox import Outgoing
@@ -27,6 +28,35 @@ AGAIN_S = 2.0
 def release_record(topic: str, name: str, release: Release) -> Outgoing:
     """A release as a record."""
     return Outgoing(topic, name.encode(), encode_release(release), [])
+
+
+async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], None]) -> None:
+    """Hand each release that is in `topic` now to `note`; at start, before models are loaded: what
+    was rolled back must not serve until the topic happens to be read.
+
+    Raises:
+        KafkaError: Kafka does not answer.
+    """
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=kafka, enable_auto_commit=False, client_id="streamrec-startup"
+    )
+    try:
+        await consumer.start()
+        await consumer.topics()  # which makes it know the partitions of all topics
+        partitions = consumer.partitions_for_topic(topic) or ()
+        places = [TopicPartition(topic, number) for number in partitions]
+        consumer.assign(places)
+        await consumer.seek_to_beginning(*places)
+        ends = await consumer.end_offsets(places)
+        left = {place for place in places if ends[place] > 0}
+        while left:
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                for record in records:
+                    _take(record.key, record.value, note)
+            # By position: the last offsets may be gone, compacted away.
+            left = {place for place in left if await consumer.position(place) < ends[place]}
+    finally:
+        await consumer.stop()
 
 
 async def follow_releases(kafka: str, topic: str, note: Callable[[str, Release], None]) -> None:

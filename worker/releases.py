@@ -24,6 +24,10 @@ MAX_JUDGED_SHARE = 0.5
 MAX_HISTORY = 20
 
 
+#: What JSON and MessagePack hold exactly: anybody may push a release.
+Revision = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
 class Promotion(msgspec.Struct, frozen=True, omit_defaults=True):
     """One change of the version that serves."""
 
@@ -56,9 +60,9 @@ class Release(msgspec.Struct, frozen=True, omit_defaults=True):
     history: tuple[Promotion, ...] = ()
     #: Grows with each change. At least the time of the change in ms, so that a release made anew
     #: after its file was deleted is newer than those made before.
-    revision: int = 0
+    revision: Revision = 0
     #: Revision at which the present trial began; 0 where none runs.
-    period: int = 0
+    period: Revision = 0
     canary: Canary | None = None
     #: A version that is asked beside the stable one, and whose answers nobody sees.
     shadow: str | None = None

@@ -31,11 +31,11 @@ def run_worker(settings: Settings) -> int:
     faulthandler.register(signal.SIGUSR1)
     # Before anything large is allocated: what a swap lets go of must go back to the system.
     keep_large_blocks_apart()
-    asyncio.run(prepare(settings))
+    releases = asyncio.run(prepare(settings))
     # Faust's services take the current loop when they are made, so it must be there before them.
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    app = create_app(settings)
+    app = create_app(settings, releases)
     # What is there now stays: full collections need not look at it again and again.
     gc.collect()
     gc.freeze()

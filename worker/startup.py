@@ -16,6 +16,8 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from worker.cache import REDIS_FAILURES, Cache
 from worker.errors import BrokerError, CacheError, StreamrecError
+from worker.release_channel import read_releases
+from worker.releases import Release, newer
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,8 +26,11 @@ log = logging.getLogger(__name__)
 _NOISY = ("aiokafka", "aiokafka.conn", "aiokafka.client")
 
 
-async def prepare(settings: Settings) -> None:
+async def prepare(settings: Settings) -> dict[str, Release]:
     """Wait for Kafka and Redis, at most `startup_timeout_s`; make or find the topics.
+
+    Returns:
+        By model, the newest release that was pushed.
 
     Raises:
         BrokerError: Kafka does not answer, or a topic is missing.
@@ -36,6 +41,10 @@ async def prepare(settings: Settings) -> None:
     try:
         await _wait(settings, "Kafka", settings.kafka, lambda: ensure_topics(settings))
         await _wait(settings, "Redis", _without_secret(settings), lambda: _ping(settings))
+        releases: dict[str, Release] = {}
+        if settings.releases_topic:
+            await _wait(settings, "Kafka", settings.kafka, lambda: _pushed(settings, releases))
+        return releases
     finally:
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.NOTSET)
@@ -75,6 +84,15 @@ async def ensure_topics(settings: Settings) -> None:
             log.info("topic_created topic=%s", name)
     finally:
         await admin.close()
+
+
+async def _pushed(settings: Settings, releases: dict[str, Release]) -> None:
+    """Read the newest release of each model into `releases`."""
+
+    def note(name: str, release: Release) -> None:
+        releases[name] = newer(releases.get(name), release) or release
+
+    await read_releases(settings.kafka, settings.releases_topic, note)
 
 
 def _new_topic(settings: Settings, name: str) -> NewTopic:

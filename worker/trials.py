@@ -105,12 +105,16 @@ class Trials:
     def wants(self, event: Event, history: History) -> bool:
         """Whether `event`, not yet applied, says what the list was worth.
 
-        Only what the user had not met before: lists do not hold items that the user has seen.
+        Only what the user had not met before: lists do not hold items that the user has seen, has
+        hidden or follows (`ranking.not_shown`).
         """
+        item = event.item_id
         return (
             event.event_type in POSITIVE_TYPES
             and history.served is not None
-            and event.item_id not in history.items
+            and item not in history.items
+            and item not in history.hidden
+            and item not in history.followed
         )
 
     def count(self, event: Event, history: History) -> None:
