@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.structs import TopicPartition
 
 from worker.errors import BrokerError, BundleError
@@ -35,7 +35,7 @@ async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], N
     was rolled back must not serve until the topic happens to be read.
 
     Raises:
-        KafkaError: Kafka does not answer.
+        KafkaError: Kafka does not answer, or does not know the topic yet.
     """
     consumer = AIOKafkaConsumer(
         bootstrap_servers=kafka, enable_auto_commit=False, client_id="streamrec-startup"
@@ -43,7 +43,9 @@ async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], N
     try:
         await consumer.start()
         await consumer.topics()  # which makes it know the partitions of all topics
-        partitions = consumer.partitions_for_topic(topic) or ()
+        partitions = consumer.partitions_for_topic(topic)
+        if not partitions:
+            raise UnknownTopicOrPartitionError(topic)  # just made, and not known everywhere yet
         places = [TopicPartition(topic, number) for number in partitions]
         consumer.assign(places)
         await consumer.seek_to_beginning(*places)
