@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
-from aiokafka.structs import TopicPartition
 
 from worker.errors import BrokerError, BundleError
 from worker.outbox import Outgoing
@@ -37,18 +36,12 @@ async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], N
     Raises:
         KafkaError: Kafka does not answer, or does not know the topic yet.
     """
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=kafka, enable_auto_commit=False, client_id="streamrec-startup"
-    )
+    consumer = _consumer(kafka, topic)
     try:
         await consumer.start()
-        await consumer.topics()  # which makes it know the partitions of all topics
-        partitions = consumer.partitions_for_topic(topic)
-        if not partitions:
+        places = list(consumer.assignment())
+        if not places:
             raise UnknownTopicOrPartitionError(topic)  # just made, and not known everywhere yet
-        places = [TopicPartition(topic, number) for number in partitions]
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
         ends = await consumer.end_offsets(places)
         left = {place for place in places if ends[place] > 0}
         while left:
@@ -64,14 +57,7 @@ async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], N
 async def follow_releases(kafka: str, topic: str, note: Callable[[str, Release], None]) -> None:
     """Hand each release in `topic` to `note`, from the first on; until cancelled."""
     while True:
-        consumer = AIOKafkaConsumer(
-            topic,
-            bootstrap_servers=kafka,
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            client_id="streamrec-releases",
-        )
+        consumer = _consumer(kafka, topic)
         try:
             await consumer.start()
             async for record in consumer:
@@ -81,6 +67,18 @@ async def follow_releases(kafka: str, topic: str, note: Callable[[str, Release],
             await asyncio.sleep(AGAIN_S)
         finally:
             await consumer.stop()
+
+
+def _consumer(kafka: str, topic: str) -> AIOKafkaConsumer:
+    """Reads all of a topic from its beginning; without a group it is assigned every partition."""
+    return AIOKafkaConsumer(
+        topic,
+        bootstrap_servers=kafka,
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        client_id="streamrec-releases",
+    )
 
 
 def _take(key: bytes | None, value: bytes | None, note: Callable[[str, Release], None]) -> None:
