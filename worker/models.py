@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from worker.errors import BundleError, Refusal, StreamrecError
 from worker.events import Surface
 from worker.memory import available_bytes, release_memory
 from worker.metrics import Metrics, resident_bytes
+from worker.priority import give_way
 from worker.registry import Registry
 from worker.releases import Release, newer, plan
 from worker.settings import ModelChoice
@@ -72,8 +74,8 @@ class Models:
     """The bundles in memory. A swap replaces one reference between two micro-batches.
 
     A release comes from the registry or is pushed (`note`); the newer one counts, whichever way it
-    came. Loading runs in a thread: ONNX Runtime leaves the interpreter free while it builds a
-    session.
+    came. Loading runs in a thread that gives way to those that serve: ONNX Runtime leaves the
+    interpreter free while it builds a session.
 
     Args:
         shadow_share: of the users for whom a shadow makes lists.
@@ -102,6 +104,10 @@ class Models:
         self._memory_budget_bytes = memory_budget_bytes
         self._public_keys = tuple(public_keys)
         self._metrics = metrics
+        # Sessions with threads of their own would start them with the loader's priority.
+        self._loader = ThreadPoolExecutor(
+            1, "model-loader", initializer=give_way if inference_threads == 1 else None
+        )
         self._serving: dict[Surface, Serving] = {}
         self._releases: dict[str, Release] = {}
         #: Releases come to the event loop by push, and to a loading thread from the registry.
@@ -170,10 +176,11 @@ class Models:
             # A micro-batch that began before the swap has let go of the old session by now.
             self._let_go = False
             await asyncio.to_thread(release_memory)
+        loop = asyncio.get_running_loop()
         for surface, choice in self._choices.items():
             started = time.perf_counter()
             try:
-                serving = await asyncio.to_thread(self._loaded, surface, choice)
+                serving = await loop.run_in_executor(self._loader, self._loaded, surface, choice)
             except StreamrecError as error:
                 self._complain(surface, "release_not_followed", str(error))
                 continue
@@ -237,12 +244,15 @@ class Models:
             found, known = self._registry.refresh(choice.name)
             self._known(choice.name, found)
             release = self._releases.get(choice.name)
-            problem = None
-            if release is not None and release != found and release.stable not in known:
-                # Not there yet, or never: a push must not be able to stop a worker.
-                problem = f"{self._registry.url} has no version {release.stable!r}"
+            if (
+                release is not None
+                and release != found
+                and release.stable not in known
+                and surface not in self._serving
+            ):
+                # Not there yet, or never: no push may keep a worker from starting.
+                log.error("push_not_followed surface=%s stable=%s", surface.value, release.stable)
                 release = found
-            self._complain(surface, "push_not_followed", problem)
         else:
             # A pinned version serves whatever is released, even where the release is damaged.
             release, known = None, tuple(self._registry.versions(choice.name))
@@ -263,6 +273,8 @@ class Models:
             # A trial that cannot be loaded harms nobody: the stable version serves all.
             try:
                 rival = bundle(version)
+            except BundleError:
+                pass  # `_open` has logged it.
             except StreamrecError as error:
                 problem = str(error)
         self._complain(surface, "trial_not_loaded", problem)

@@ -66,8 +66,8 @@ def arm_of(user_id: str, salt: str, share: float) -> Arm | None:
 class UserRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one user did in one trial; kept beside the history."""
 
-    #: The trial; a record of another one counts for nothing.
-    period: int
+    #: Names the tally that it is counted in; in another one it counts for nothing.
+    tally: int
     events: int = 0
     #: Events for which both versions' lists were known.
     pairs: int = 0
@@ -93,7 +93,7 @@ class UserRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
         rank = rank_of(item, served)
         other_rank = None if other is None else rank_of(item, other)
         return UserRecord(
-            self.period,
+            self.tally,
             self.events + 1,
             self.pairs + (other is not None),
             self.hits + (rank is not None),
@@ -103,9 +103,9 @@ class UserRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
         )
 
 
-def record_in(record: UserRecord | None, period: int) -> UserRecord:
-    """`record` where it is of this trial, else an empty one."""
-    return record if record is not None and record.period == period else UserRecord(period)
+def record_in(record: UserRecord | None, tally: int) -> UserRecord:
+    """`record` where it is counted in this tally, else an empty one."""
+    return record if record is not None and record.tally == tally else UserRecord(tally)
 
 
 class Tally(msgspec.Struct, array_like=True, gc=False):

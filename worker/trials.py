@@ -10,6 +10,7 @@ twice; a crash in between loses the counts of one micro-batch.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable
 from math import log as ln
 
@@ -33,6 +34,9 @@ class PartitionTally(msgspec.Struct, kw_only=True):
 
     #: The trial, or, between trials, the release: the revision that it began with.
     period: int
+    #: Names this tally in its users' records: where a tally was lost, or overwritten by a worker
+    #: that had not heard of the trial yet, its users are counted anew, and whole.
+    number: int = msgspec.field(default_factory=lambda: random.getrandbits(53))
     #: Users served the canary, as many served the stable version, and all others; `shadow` are
     #: those for whom a shadow made lists that nobody saw.
     canary: Tally = msgspec.field(default_factory=Tally)
@@ -138,9 +142,10 @@ class Trials:
         """
         served, beside = history.served, history.beside
         assert served is not None
-        before = record_in(history.record, period)
+        tally = self._tally(place, period)
+        before = record_in(history.record, tally.number)
         after = before.noted(event.item_id, served.items, None if beside is None else beside.items)
-        getattr(self._tally(place, period), arm).replace(before, after)
+        getattr(tally, arm).replace(before, after)
         history.record = after
         self._changed.add(place)
 
