@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test lint format bench profile soak train lock clean
+.PHONY: help setup demo test lint format bench profile soak swaps train lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -57,6 +57,9 @@ RECIPES = half int8 int8:parts=table|ffn static+int8:parts=table weights:4 int4 
   layers:1+neurons:0.75+prune:0.5+int4+finetune:3
 SOURCE ?= ml-100k
 TRAIN_ARGS ?=
+
+swaps: $(STAMP) ## Swap models under load (ARGS="--swaps 100": memory over many)
+	$(BIN)/python -m benchmarks swaps $(ARGS)
 
 train: $(STAMP) ## Train, compress and report (SOURCE=ml-100k): build/models, build/report
 	rm -rf build/models build/report

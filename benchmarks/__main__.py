@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,16 +20,30 @@ from benchmarks.pages import fill_file
 from benchmarks.peers import CASES
 from benchmarks.plots import plot_compare, plot_scale
 from benchmarks.profiling import profile as record
-from benchmarks.results import Results, load, report, save
+from benchmarks.results import Results, as_text, load, report, save
 from benchmarks.scale import Axes, ScaleResults, measure_scale, scale_report
 from benchmarks.soak import soak as run_soak
 from benchmarks.soak import soak_report, verdicts
 from benchmarks.stage import Stage, default_broker
-from benchmarks.system import Cpus, own_cpus, split_cpus
+from benchmarks.swaps import (
+    SwapMemoryResults,
+    load_report,
+    load_verdicts,
+    make_pair,
+    memory_report,
+    memory_verdicts,
+    swaps_and_memory,
+    swaps_under_load,
+)
+from benchmarks.system import Cpus, describe, own_cpus, split_cpus
+from benchmarks.trials import CASES as TRIALS
+from benchmarks.trials import run_cases, trials_table
 from benchmarks.workloads import Kind, WorkloadSpec
 from worker.cli import Commands
 
 RESULTS = Path("bench-results.json")
+#: Of the histories that synthetic models read, in `swaps`.
+_LENGTH = 50
 
 
 class DefaultRun(Commands):
@@ -302,6 +317,97 @@ def soak(
     save(path, "soak", results)
     click.echo("\n" + soak_report(results))
     if not all(good for good, _ in verdicts(results)):
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@results_option
+@click.option("--rate", default=1500.0, show_default=True, help="Events/s.")
+@click.option(
+    "--case", "names", multiple=True, type=click.Choice(list(TRIALS)), help="Can be repeated. [all]"
+)
+@click.option(
+    "--max-loss", "max_losses", multiple=True, type=float, default=(0.2, 0.05), show_default=True,
+    help="Loss that the gate accepts; spoiled canaries are tried with the first.",
+)  # fmt: skip
+def trials(path: Path, rate: float, names: tuple[str, ...], max_losses: tuple[float, ...]) -> None:
+    """Canaries good and bad on the MovieLens replay, and what the gate makes of them."""
+    made = run_cases(names or list(TRIALS), rate=rate, max_losses=max_losses)
+    save(path, "trials", made)
+    click.echo("\n" + as_text(trials_table(made)))
+
+
+@main.command()
+@results_option
+@click.option("--broker", type=click.Choice(["kafka", "tansu"]))
+@click.option("--sut-cpus", callback=_numbers, metavar="N,N")
+@click.option(
+    "--items",
+    "catalogues",
+    callback=_numbers,
+    metavar="N,N",
+    help="Of synthetic models, 0 for the shipped one. [10000; with --swaps 0,100000]",
+)
+@click.option("--loads", default="0.25,0.5,0.7", show_default=True, help="Shares of full speed.")
+@click.option("--quiet-seconds", default=20.0, show_default=True, help="Without swaps, at first.")
+@click.option("--seconds", default=60.0, show_default=True, help="With swaps, at each load.")
+@click.option("--every", "every_s", default=5.0, show_default=True, help="Seconds for one swap.")
+@click.option(
+    "--swaps", "count", type=click.IntRange(8), help="Memory over so many, without much load."
+)
+@click.option("--keep", is_flag=True, help="Keep the directory with all logs.")
+def swaps(
+    path: Path,
+    broker: str | None,
+    sut_cpus: tuple[int, ...] | None,
+    catalogues: tuple[int, ...] | None,
+    loads: str,
+    quiet_seconds: float,
+    seconds: float,
+    every_s: float,
+    count: int | None,
+    keep: bool,
+) -> None:
+    """Swap models under load (section `swaps`), or many times (`--swaps`, `swap-memory`)."""
+    with staged(broker, sut_cpus, keep) as stage:
+        if count is None:
+            catalogue, *more = catalogues or (10_000,)
+            if more:
+                raise click.BadParameter("one --items at a time without --swaps")
+            pair = make_pair(catalogue, _LENGTH, stage.directory)
+            bundle = pair.directory(pair.versions[0])
+            results = swaps_under_load(
+                Setup(spec_of(bundle), bundle),
+                pair,
+                stage,
+                shares=[float(load) for load in loads.split(",")],
+                quiet_s=quiet_seconds,
+                seconds=seconds,
+                every_s=every_s,
+                progress=click.echo,
+            )
+            save(path, "swaps", results)
+            told, judged = load_report(results), load_verdicts(results)
+        else:
+            about = describe(stage.cpus, stage.broker_name)
+            memory = SwapMemoryResults(datetime.now(UTC).isoformat(timespec="seconds"), about)
+            for catalogue in catalogues or (0, 100_000):
+                pair = make_pair(catalogue, _LENGTH, stage.directory)
+                bundle = pair.directory(pair.versions[0])
+                click.echo(f"{bundle.parent.name}: {' and '.join(pair.versions)}")
+                memory.pairs.append(
+                    swaps_and_memory(
+                        Setup(spec_of(bundle), bundle),
+                        pair,
+                        stage,
+                        count=count,
+                        progress=click.echo,
+                    )
+                )
+                save(path, "swap-memory", memory)
+            told, judged = memory_report(memory), memory_verdicts(memory)
+    click.echo("\n" + told)
+    if not all(good for good, _ in judged):
         raise click.exceptions.Exit(1)
 
 

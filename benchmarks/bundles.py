@@ -3,8 +3,6 @@ memory only; their recommendations mean nothing)."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,12 @@ _LARGE, _FOR_LARGE = 50_000, "int8 + cells:least=256"
 
 def default_bundle() -> Path:
     """The int8 bundle that is shipped; the newest of them."""
-    return max((_ROOT / "models" / "shipped" / "posts").glob("*-int8")).resolve()
+    return _shipped("int8")
+
+
+def shipped_float_bundle() -> Path:
+    """The float32 bundle that is shipped; the newest of them."""
+    return _shipped("fp32")
 
 
 def synthetic_bundle(item_count: int, length: int) -> Path:
@@ -35,22 +38,31 @@ def synthetic_bundle(item_count: int, length: int) -> Path:
     Args:
         length: of the histories that it reads.
     """
-    registry = _ROOT / ".cache" / "bench-bundles" / "synthetic"
     recipe = _FOR_LARGE if item_count >= _LARGE else "int8"
-    made = registry / f"{item_count}x{length}-{recipe.partition(':')[0].replace(' + ', '-')}"
+    made = _place(item_count, length, recipe.partition(":")[0].replace(" + ", "-"))
     if made.exists():
         return made
-    registry.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=registry.parent))
-    try:
-        draft = open_draft(write_synthetic(work / "fp32", item_count, seed=_SEED, length=length))
-        context = Context(
-            validation=Queries(
-                zipf_histories(item_count, _QUERIES, _SEED + 2), np.ones(_QUERIES, dtype=np.int64)
-            ),
-            seed=_SEED,
-        )
-        save(apply(parse(recipe, METHODS), draft, context), made)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return made
+    draft = open_draft(synthetic_float_bundle(item_count, length))
+    context = Context(
+        validation=Queries(
+            zipf_histories(item_count, _QUERIES, _SEED + 2), np.ones(_QUERIES, dtype=np.int64)
+        ),
+        seed=_SEED,
+    )
+    return save(apply(parse(recipe, METHODS), draft, context), made)
+
+
+def synthetic_float_bundle(item_count: int, length: int) -> Path:
+    """The float32 bundle that `synthetic_bundle` makes an int8 one of; kept beside it."""
+    made = _place(item_count, length, "fp32")
+    if made.exists():
+        return made
+    return write_synthetic(made, item_count, seed=_SEED, length=length)
+
+
+def _place(item_count: int, length: int, kind: str) -> Path:
+    return _ROOT / ".cache" / "bench-bundles" / "synthetic" / f"{item_count}x{length}-{kind}"
+
+
+def _shipped(precision: str) -> Path:
+    return max((_ROOT / "models" / "shipped" / "posts").glob(f"*-{precision}")).resolve()

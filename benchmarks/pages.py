@@ -23,6 +23,7 @@ from benchmarks.results import (
 )
 from benchmarks.scale import ScaleResults, scale_table
 from benchmarks.soak import SoakResults, soak_report
+from benchmarks.trials import Outcome, trials_table
 from models.files import write_whole
 
 _PLACE = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -45,6 +46,7 @@ def blocks(path: Path) -> Mapping[str, Callable[[], str]]:
         "capacity": compared(lambda found: as_markdown(capacity_table(found))),
         "scale": lambda: as_markdown(scale_table(load(path, "scale", ScaleResults))),
         "soak": lambda: f"```\n{soak_report(load(path, 'soak', SoakResults))}\n```",
+        "trials": lambda: as_markdown(trials_table(load(path, "trials", list[Outcome]))),
     }
 
 

@@ -82,6 +82,17 @@ class Accounts:
             or self.histories_wrong
         )
 
+    @property
+    def words(self) -> str:
+        """In one line."""
+        return (
+            f"{self.produced:,} events sent: {self.applied:,} applied, {self.duplicate:,}"
+            f" duplicate, {self.late:,} late, {self.failed:,} failed, {self.dead_letters:,} dead"
+            f" letters; lost {self.lost:,}, uncommitted {self.uncommitted:,},"
+            f" {self.unanswered_probes:,} probes unanswered,"
+            f" {self.histories_wrong} of {self.histories} sampled histories wrong"
+        )
+
 
 @dataclass
 class SoakResults:
@@ -146,7 +157,7 @@ def soak(
         seen = stage.observer.wait(due, _GRACE_S)
         results.latency = latency(due, seen)
         results.samples[:] = _with_latency(results.samples, watch.started, due, seen)
-        results.accounts = _account(session, subject, results.latency.unanswered, users)
+        results.accounts = account(session, subject, results.latency.unanswered, users)
     return results
 
 
@@ -209,9 +220,10 @@ def sampled_users(spec: WorkloadSpec) -> list[str]:
     return [f"user-{number}" for number in range(0, spec.users, step)][:_SAMPLED_USERS]
 
 
-def _account(
+def account(
     session: Session, subject: WorkerSubject, unanswered: int, users: Sequence[str]
 ) -> Accounts:
+    """What became of all that was sent; `unanswered` probes, histories of `users` compared."""
     deadline = time.monotonic() + _GRACE_S
     while (uncommitted := session.uncommitted()) and time.monotonic() < deadline:
         time.sleep(1.0)
@@ -291,17 +303,7 @@ def verdicts(results: SoakResults) -> list[tuple[bool, str]]:
             f"lag {results.samples[-1].lag:,} events, changing by {lag:+,.0f} an hour",
         )
     )
-    made = results.accounts
-    found.append(
-        (
-            made.balanced,
-            f"{made.produced:,} events sent: {made.applied:,} applied, {made.duplicate:,}"
-            f" duplicate, {made.late:,} late, {made.failed:,} failed, {made.dead_letters:,} dead"
-            f" letters; lost {made.lost:,}, uncommitted {made.uncommitted:,},"
-            f" {made.unanswered_probes:,} probes unanswered,"
-            f" {made.histories_wrong} of {made.histories} sampled histories wrong",
-        )
-    )
+    found.append((results.accounts.balanced, results.accounts.words))
     return found
 
 

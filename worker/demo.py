@@ -98,12 +98,23 @@ def run_demo(
 
 
 class Worker:
-    """A worker process of the demo and what it says of itself."""
+    """A worker process of the demo and what it says of itself.
 
-    def __init__(self, directory: Path, settings: Settings, *, group: str) -> None:
+    Args:
+        flags: further settings.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        *,
+        group: str,
+        flags: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
-        flags = {
+        own = {
             "kafka": settings.kafka,
             "redis": settings.redis.get_secret_value(),
             "registry": str(settings.registry),
@@ -115,8 +126,9 @@ class Worker:
             # A lone worker waits about half of this on the embedded broker before it may start.
             "rebalance-timeout-s": "6",
             "session-timeout-s": "10",
+            **(flags or {}),
         }
-        arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+        arguments = [part for name, value in own.items() for part in (f"--{name}", value)]
         self._process = ManagedProcess(
             "the worker",
             [sys.executable, "-m", "worker.cli", "worker", *arguments],
