@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import faust
@@ -115,6 +117,8 @@ def create_app(settings: Settings, releases: Mapping[str, Release]) -> Streamrec
         topic_disable_leader=True,
         topic_allow_declare=False,
         web_enabled=False,
+        # Faust makes it and writes nothing there; the working directory may be read-only.
+        datadir=Path(tempfile.gettempdir()) / "streamrec-faust",
         worker_redirect_stdouts=False,
     )
     app.settings = settings
