@@ -353,7 +353,7 @@ def trials(path: Path, rate: float, names: tuple[str, ...], max_losses: tuple[fl
 @click.option("--seconds", default=60.0, show_default=True, help="With swaps, at each load.")
 @click.option("--every", "every_s", default=5.0, show_default=True, help="Seconds for one swap.")
 @click.option(
-    "--swaps", "count", type=click.IntRange(8), help="Memory over so many, without much load."
+    "--swaps", "count", type=click.IntRange(4), help="Memory over so many, without much load."
 )
 @click.option("--keep", is_flag=True, help="Keep the directory with all logs.")
 def swaps(

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,11 @@ class StreamrecApp(faust.App):
         await self.add_runtime_dependency(Background(self))
 
 
-def create_app(settings: Settings, releases: Mapping[str, Release]) -> StreamrecApp:
+def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> StreamrecApp:
     """Build the app; connects to nothing yet, except that it loads the models.
 
     Args:
-        releases: by model, those that were pushed before this start.
+        releases: those that were pushed before this start, each with its model's name.
 
     Raises:
         BundleError: a model is missing or broken.
@@ -85,7 +85,7 @@ def create_app(settings: Settings, releases: Mapping[str, Release]) -> Streamrec
         ],
         metrics=metrics,
     )
-    for name, release in releases.items():
+    for name, release in releases:
         models.note(name, release)
     models.load_all()
     rules = read_rules(settings.rules) if settings.rules is not None else Rules()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from worker.bundle_checks import Checks
 from worker.bundle_files import BundleFiles, write_durably
-from worker.errors import BundleError
+from worker.errors import BundleError, Refusal
 from worker.manifest import (
     FORMAT_VERSION,
     ITEMS_FILE,
@@ -38,7 +38,7 @@ from worker.manifest import (
     contract,
     encode_manifest,
 )
-from worker.session import MAX_RUN_ROWS, fresh_carry, graph_inputs, run_model
+from worker.session import MAX_RUN_ROWS, first_line, fresh_carry, graph_inputs, run_model
 from worker.text import TextEncoder
 
 
@@ -188,7 +188,13 @@ def open_bundle(
     bundle = Bundle(checks.manifest, path, checks.session, tuple(checks.index), checks.text)
     # What the cached property would make at the first batch is there already.
     vars(bundle)["index"] = checks.index
-    _warm_up(bundle, warmup_batches)
+    try:
+        _warm_up(bundle, warmup_batches)
+    except Exception as error:
+        raise BundleError(
+            f"{path}: the model fails on batches of {list(warmup_batches)}: {first_line(error)}",
+            Refusal.CONTRACT,
+        ) from None
     return bundle
 
 

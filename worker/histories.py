@@ -130,6 +130,6 @@ def _shown(recommendations: bytes | None) -> Shown | None:
         return None
     try:
         served = _DECODE_SERVED(recommendations)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: no UTF-8
         return None
     return Shown(served.model_version, served.items)

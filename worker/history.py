@@ -296,7 +296,7 @@ def _read(data: bytes) -> StoredHistory:
             return _DECODE(data)
         if version == 1:
             return _DECODE_1(data).upgraded()
-    except (msgspec.MsgspecError, OverflowError) as error:
+    except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a stored history: {error}") from error
     raise HistoryFormatError(
         f"stored history of format {version}; this worker reads 1 and {FORMAT}: run the release"

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from worker.arms import arm
@@ -121,15 +122,18 @@ class ListMaker:
                 self._trial = _Trial(0)
                 self._metrics.score_drift.remove(self._surface.value)
             lists = self._rank(stable, range(len(users)), users, histories)
-            return self._listings(stable, lists.ranked), {}, None
+            made = _listings(stable, lists.ranked)
+            self._cover(serving, made)
+            return made, {}, None
         arms = [arm(serving, user) for user in users]
         both = [at for at, side in enumerate(arms) if side != "others"]
         alone = [at for at, side in enumerate(arms) if side == "others"]
         made = {}
         if alone:
             lists = self._rank(stable, alone, users, histories)
-            made = self._listings(stable, lists.ranked)
+            made = _listings(stable, lists.ranked)
         if not both:
+            self._cover(serving, made)
             return made, {}, None
         # In turns, so that neither has the histories warm in the processor's cache each time.
         self._batches += 1
@@ -139,8 +143,9 @@ class ListMaker:
         else:
             theirs = self._rank(rival, both, users, histories)
             ours = self._rank(stable, both, users, histories)
-        by_stable = self._listings(stable, ours.ranked)
-        by_rival = self._listings(rival, theirs.ranked, served=serving.role == "canary")
+        by_stable, by_rival = _listings(stable, ours.ranked), _listings(rival, theirs.ranked)
+        # An empty list is none: a model of few items has nothing left for those who saw them.
+        by_rival = {at: one for at, one in by_rival.items() if one.items}
         beside = {}
         for at in both:
             mine, other = by_stable.get(at), by_rival.get(at)
@@ -151,8 +156,9 @@ class ListMaker:
                 made[at] = mine
             if mine is not None and other is not None:
                 beside[at] = Shown(other.version, tuple(other.items))
+        self._cover(serving, made)
         self._compare(serving, by_stable, by_rival)
-        failed = len(by_rival) < len(by_stable) / 2
+        failed = len(by_rival) < sum(bool(one.items) for one in by_stable.values()) / 2
         return made, beside, Compared(failed, theirs.score_s, ours.score_s)
 
     def _rank(
@@ -193,22 +199,22 @@ class ListMaker:
             lists.ranked = {places[at]: ranked for at, ranked in lists.ranked.items()}
         return lists
 
-    def _listings(
-        self, bundle: Bundle, ranked: dict[int, Ranked], *, served: bool = True
-    ) -> dict[int, Listing]:
-        reference, index = bundle.manifest.reference, bundle.index
-        if served:
+    def _cover(self, serving: Serving, made: dict[int, Listing]) -> None:
+        """Export how much of each version's catalogue was served."""
+        for bundle in serving.bundles.values():
+            reference, index = bundle.manifest.reference, bundle.index
+            lists = (one.items for one in made.values() if one.version == reference)
+            # Each item once: users of a batch have most items in common.
+            served = set(chain.from_iterable(lists))
+            if not served:
+                continue
             coverage = self._coverage.get(reference)
             if coverage is None:
                 coverage = self._coverage[reference] = Coverage(len(bundle.items))
                 self._metrics.coverage.labels(self._surface.value, reference).set_function(
                     partial(getattr, coverage, "share")
                 )
-            for items, _ in ranked.values():
-                coverage.note(index.get(item, 0) for item in items)
-        return {
-            at: Listing(items, scores, reference, "model") for at, (items, scores) in ranked.items()
-        }
+            coverage.note(index.get(item, 0) for item in served)
 
     def _compare(
         self, serving: Serving, by_stable: dict[int, Listing], by_rival: dict[int, Listing]
@@ -257,3 +263,10 @@ class ListMaker:
             self._recommenders.pop(reference, None)
             if self._coverage.pop(reference, None) is not None:
                 self._metrics.coverage.remove(self._surface.value, reference)
+
+
+def _listings(bundle: Bundle, ranked: dict[int, Ranked]) -> dict[int, Listing]:
+    reference = bundle.manifest.reference
+    return {
+        at: Listing(items, scores, reference, "model") for at, (items, scores) in ranked.items()
+    }

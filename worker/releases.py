@@ -112,6 +112,12 @@ def plan(
         return Plan(known[-1])
     stable = require_version(release.stable, known, where, choice.name)
     canary, shadow = release.canary, release.shadow
+    # What the transitions rule out may be pushed by anybody, or edited by hand.
+    untried = {stable, *release.quarantined}
+    if canary is not None and canary.version in untried:
+        canary = None
+    if shadow in untried:
+        shadow = None
     missing: list[str] = []
     if canary is not None and canary.version not in known:
         missing.append(canary.version)

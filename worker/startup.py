@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from worker.cache import REDIS_FAILURES, Cache
 from worker.errors import BrokerError, CacheError, StreamrecError
 from worker.release_channel import read_releases
-from worker.releases import Release, newer
+from worker.releases import Release
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 _NOISY = ("aiokafka", "aiokafka.conn", "aiokafka.client")
 
 
-async def prepare(settings: Settings) -> dict[str, Release]:
+async def prepare(settings: Settings) -> list[tuple[str, Release]]:
     """Wait for Kafka and Redis, at most `startup_timeout_s`; make or find the topics.
 
     Returns:
-        By model, the newest release that was pushed.
+        Releases that were pushed, each with its model's name.
 
     Raises:
         BrokerError: Kafka does not answer, or a topic is missing.
@@ -41,7 +41,7 @@ async def prepare(settings: Settings) -> dict[str, Release]:
     try:
         await _wait(settings, "Kafka", settings.kafka, lambda: ensure_topics(settings))
         await _wait(settings, "Redis", _without_secret(settings), lambda: _ping(settings))
-        releases: dict[str, Release] = {}
+        releases: list[tuple[str, Release]] = []
         if settings.releases_topic:
             await _wait(settings, "Kafka", settings.kafka, lambda: _pushed(settings, releases))
         return releases
@@ -86,13 +86,13 @@ async def ensure_topics(settings: Settings) -> None:
         await admin.close()
 
 
-async def _pushed(settings: Settings, releases: dict[str, Release]) -> None:
-    """Read the newest release of each model into `releases`."""
-
-    def note(name: str, release: Release) -> None:
-        releases[name] = newer(releases.get(name), release) or release
-
-    await read_releases(settings.kafka, settings.releases_topic, note)
+async def _pushed(settings: Settings, releases: list[tuple[str, Release]]) -> None:
+    """Read all releases into `releases`: which hold is for `Models.note` to say."""
+    await read_releases(
+        settings.kafka,
+        settings.releases_topic,
+        lambda name, release: releases.append((name, release)),
+    )
 
 
 def _new_topic(settings: Settings, name: str) -> NewTopic:

@@ -13,8 +13,10 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from math import log as ln
+from typing import get_args
 
 import msgspec
+from prometheus_client import Counter
 
 from worker.arms import Arm
 from worker.cache import PartitionKey
@@ -28,14 +30,16 @@ from worker.sequences import MeanTally
 
 log = logging.getLogger(__name__)
 
+_ARMS: tuple[Arm, ...] = get_args(Arm)
+
 
 class PartitionTally(msgspec.Struct, kw_only=True):
     """What the users of one partition did on one surface, in one trial."""
 
     #: The trial, or, between trials, the release: the revision that it began with.
     period: int
-    #: Names this tally in its users' records: where a tally was lost, or overwritten by a worker
-    #: that had not heard of the trial yet, its users are counted anew, and whole.
+    #: Tells this tally from those before: where one was lost, or overwritten by a worker that had
+    #: not heard of the trial yet, its users are counted anew, and whole.
     number: int = msgspec.field(default_factory=lambda: random.getrandbits(53))
     #: Users served the canary, as many served the stable version, and all others; `shadow` are
     #: those for whom a shadow made lists that nobody saw.
@@ -48,6 +52,11 @@ class PartitionTally(msgspec.Struct, kw_only=True):
     #: Calls of the other version, and those that failed.
     scorings: int = 0
     errors: int = 0
+
+    def name(self, arm: Arm) -> int:
+        """Names the tally of one side in its users' records: a user changes sides within a trial
+        where a worker loads the canary late."""
+        return self.number * len(_ARMS) + _ARMS.index(arm)
 
     def merged(self, other: PartitionTally) -> PartitionTally:
         """The sums over both."""
@@ -76,7 +85,7 @@ def decode_tally(data: bytes | None, period: int) -> PartitionTally:
     if data is not None:
         try:
             stored = _DECODE(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             # Figures of a trial are not worth stopping the stream for.
             log.error("tally_damaged error=%s", error)
         else:
@@ -105,6 +114,8 @@ class Trials:
         self._metrics = metrics
         self._tallies: dict[PartitionKey, PartitionTally] = {}
         self._changed: set[PartitionKey] = set()
+        #: By surface and version: looking labels up takes longer than counting.
+        self._counters: dict[tuple[str, str], list[Counter]] = {}
 
     def wants(self, event: Event, history: History) -> bool:
         """Whether `event`, not yet applied, says what the list was worth.
@@ -126,11 +137,17 @@ class Trials:
         served = history.served
         assert served is not None
         labels = event.surface.value, served.version
-        self._metrics.judged.labels(*labels).inc()
+        counters = self._counters.get(labels)
+        if counters is None:
+            metrics = self._metrics
+            families = metrics.judged, metrics.hits, metrics.reciprocal_ranks
+            counters = self._counters[labels] = [one.labels(*labels) for one in families]
+        judged, hits, reciprocal_ranks = counters
+        judged.inc()
         rank = rank_of(event.item_id, served.items)
         if rank is not None:
-            self._metrics.hits.labels(*labels).inc()
-            self._metrics.reciprocal_ranks.labels(*labels).inc(1.0 / rank)
+            hits.inc()
+            reciprocal_ranks.inc(1.0 / rank)
 
     def note(
         self, place: PartitionKey, event: Event, history: History, period: int, arm: Arm
@@ -143,7 +160,7 @@ class Trials:
         served, beside = history.served, history.beside
         assert served is not None
         tally = self._tally(place, period)
-        before = record_in(history.record, tally.number)
+        before = record_in(history.record, tally.name(arm))
         after = before.noted(event.item_id, served.items, None if beside is None else beside.items)
         getattr(tally, arm).replace(before, after)
         history.record = after

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import ModelProto, helper, numpy_helper
 
 from tests.conftest import ITEMS, tiny_bundle, tiny_model
 from worker.bundle import open_bundle
 from worker.bundle_checks import check_bundle
 from worker.bundle_files import read_manifest
-from worker.errors import BundleError
+from worker.errors import BundleError, Refusal
 from worker.manifest import MANIFEST_FILE
 from worker.registry import LocalRegistry
 
@@ -23,6 +24,33 @@ def test_a_sound_bundle_scores_the_whole_catalogue(tmp_path: Path) -> None:
     assert sorted(items[0].tolist()) == list(range(1, len(ITEMS) + 1))
     assert bundle.index["item-1"] == 1
     assert not check_bundle(bundle.path)
+
+
+def failing_beyond(rows: int) -> bytes:
+    """A model that runs for fewer than `rows` histories at once."""
+    model = ModelProto.FromString(tiny_model())
+    graph, node = model.graph, helper.make_node
+    # A table of `rows` zeros is asked for the row of the batch size.
+    graph.initializer.append(numpy_helper.from_array(np.zeros(rows, dtype=np.float32), "sizes"))
+    graph.initializer.append(numpy_helper.from_array(np.array(0), "first"))
+    graph.node.extend(
+        [
+            node("Shape", ["history"], ["shape"]),
+            node("Gather", ["shape", "first"], ["size"]),
+            node("Gather", ["sizes", "size"], ["nothing"]),
+            node("Add", ["untouched", "nothing"], ["scores"]),
+        ]
+    )
+    next(one for one in graph.node if one.op_type == "TopK").output[0] = "untouched"
+    return bytes(model.SerializeToString())
+
+
+def test_a_model_that_fails_on_a_full_batch_is_refused(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / "v1", model=failing_beyond(64))
+    open_bundle(path, warmup_batches=(1, 32))
+    with pytest.raises(BundleError, match="fails on batches of") as refused:
+        open_bundle(path, warmup_batches=(1, 64))
+    assert refused.value.reason is Refusal.CONTRACT
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,13 @@ def test_a_user_is_read_once_with_the_list_that_was_served() -> None:
     assert redis.reads == [[user("ann"), user("bob")]]
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"garbage", b"[]", b'{"items":["a"]}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None, b"", b"garbage", b"[]", b'{"items":["a"]}', b'{"model_version":"\xff","items":[]}',
+        b'{"user_id":' + b"[" * 200_000,
+    ],
+)  # fmt: skip
 def test_without_a_list_that_can_be_read_none_was_served(damage: bytes | None) -> None:
     redis = Redis()
     redis.stored = {user("ann"): (stored("a"), damage)}

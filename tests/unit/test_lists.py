@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.conftest import ITEMS
+from tests.conftest import ITEMS, tiny_bundle, tiny_model
 from tests.unit.serving import (
     POSTS,
     STRANGE,
@@ -26,7 +26,7 @@ from tests.unit.serving import (
     total,
 )
 from worker.arms import arm
-from worker.bundle import Bundle
+from worker.bundle import Bundle, open_bundle
 from worker.cold_items import ColdItems
 from worker.events import EventType
 from worker.history import History, Shown
@@ -167,6 +167,33 @@ def test_a_canary_that_knows_no_item_harms_nobody_and_is_counted(
     listings, _, compared = make(maker, canary(stable, opened(root, STRANGE)))
     assert [one.items for one in listings] == by_stable
     assert compared is not None and compared.failed
+
+
+def test_a_canary_of_few_items_harms_nobody_who_has_seen_them(
+    maker: ListMaker, stable: Bundle, tmp_path: Path
+) -> None:
+    few = ITEMS[:6]
+    tiny = open_bundle(
+        tiny_bundle(tmp_path / "posts" / V2, model=tiny_model(items=len(few)), items=few)
+    )
+    own = histories()
+    for history in own:
+        for item in few:
+            history.apply(event("u", item, EventType.VIEW))
+    listings, _, compared = make(maker, canary(stable, tiny), own)
+    assert all(one.items and one.version == STABLE for one in listings)
+    assert all(history.beside is None for history in own)
+    assert compared is not None and compared.failed
+
+
+def test_only_what_was_served_covers_a_catalogue(
+    maker: ListMaker, stable: Bundle, rival: Bundle, metrics: Metrics
+) -> None:
+    listings, _, _ = make(maker, canary(stable, rival, share=0.3))
+    coverage = samples(metrics, "streamrec_catalogue_coverage_ratio")
+    for reference in (STABLE, RIVAL):
+        served = {item for one in listings if one.version == reference for item in one.items}
+        assert coverage["posts", reference] == len(served) / len(ITEMS) < 1.0
 
 
 def test_a_canary_steps_in_where_the_stable_version_fails_its_own_users(

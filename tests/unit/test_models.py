@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.conftest import tiny_bundle
 from tests.unit.serving import AT, BROKEN, POSTS, STRANGE, V1, V2, models, samples, total
@@ -26,6 +27,7 @@ from worker.metrics import Metrics
 from worker.models import MAX_AHEAD_S, Models
 from worker.registry import LocalRegistry
 from worker.releases import (
+    Canary,
     Release,
     canary_ended,
     canary_promoted,
@@ -315,6 +317,27 @@ def test_a_trial_of_a_version_that_is_refused_leaves_the_stable_one(
     described: Any = own.describe()["posts"]
     assert "model.onnx" in described["refused"][BROKEN]
     assert own.refusal(POSTS, BROKEN) and not own.refusal(POSTS, V1)
+
+
+@pytest.mark.parametrize("role", ["canary", "shadow"])
+def test_no_version_that_serves_or_is_quarantined_is_on_trial_whoever_says_so(
+    own: Models, registry: Watched, role: str
+) -> None:
+    release = registry.release("posts")
+    assert release is not None
+    for version in (V1, V2):
+        release = replace(
+            release,
+            revision=release.revision + 1,
+            period=release.revision + 1,
+            quarantined={V2: "it is bad"},
+            canary=Canary(version, 0.5, AT) if role == "canary" else None,
+            shadow=version if role == "shadow" else None,
+        )
+        own.note("posts", release)
+        refresh(own)
+        assert roles(own) == {"stable": V1}
+    assert V2 not in registry.opened
 
 
 def test_a_mended_canary_is_tried_again_and_is_then_not_refused(

@@ -158,10 +158,10 @@ def test_a_swap_may_take_a_fifth_more_than_its_new_model_and_many_may_not_creep(
     assert [good for good, _ in memory_verdicts(memory(last=106))] == [True, False]
 
 
-def test_growth_before_a_quarter_of_the_swaps_is_warming_up_and_no_creep() -> None:
+def test_growth_in_the_first_half_of_the_swaps_is_warming_up_and_no_creep() -> None:
     made = memory()
     pair = made.pairs[0]
-    early = [MemoryMark(0, 50, 40), *pair.marks[1:]]
+    early = [*(MemoryMark(at, 50, 40) for at in (0, 10, 25)), *pair.marks[3:]]
     assert replace(pair, marks=early).creep == pytest.approx(pair.creep)
 
 

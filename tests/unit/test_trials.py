@@ -321,7 +321,9 @@ def test_tallies_go_on_after_a_restart(
     assert (before.scorings, after.scorings) == (2, 4)
 
 
-@pytest.mark.parametrize("damage", [b"garbage", b"", b"\x93\x01\x02\x03", b"\x80"])
+@pytest.mark.parametrize(
+    "damage", [b"garbage", b"", b"\x93\x01\x02\x03", b"\x80", b"\x81\xa1x" + b"\x91" * 200_000]
+)
 def test_a_damaged_tally_starts_anew_and_stops_nobody(
     worker: Worker, redis: MemoryRedis, damage: bytes
 ) -> None:
@@ -343,6 +345,22 @@ def test_after_its_tally_is_lost_a_trial_counts_each_user_it_sees_again_whole(
     for one in (tally.canary, tally.stable, tally.others):
         # n events of each user, so that the sum of squares is that of n = 1.
         assert one.users == one.events == one.events_events > 0
+
+
+def test_a_user_who_changes_sides_in_a_trial_is_counted_whole_on_each(
+    redis: MemoryRedis, stable: Bundle, rival: Bundle
+) -> None:
+    # The canary cannot be loaded at first, so that all are others.
+    late = Serving(POSTS, stable, share=0.3, period=PERIOD)
+    worker = Worker(redis, late)
+    worker.send(EventType.LIKE, firsts(worker.view()))
+    serving = canary(stable, rival, share=0.3, period=PERIOD)
+    worker.serving = lambda: serving
+    worker.send(EventType.LIKE, firsts(worker.view(ITEMS[7])))
+    tally = redis.tally()
+    for one in (tally.canary, tally.stable):
+        assert one.users == one.events == one.events_events > 0
+    assert tally.others.users == len(USERS)
 
 
 @pytest.mark.parametrize("damage", [b"garbage", b"{}", b'{"model_version":1,"items":[]}'])
