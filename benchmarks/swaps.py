@@ -50,6 +50,8 @@ from worker.session import MAX_RUN_ROWS
 LATENCY_GOAL, MEMORY_GOAL = 1.2, 1.2
 #: Resident memory creeps where it grows by more than this share over the second half.
 CREEP = 0.05
+#: Events due so shortly before a release may still wait when it is followed.
+_GAP_S = 0.5
 #: A window of a swap ends so long after the switch: the old model is let go of in that time.
 _SETTLE_S = 1.0
 _PROBES_PER_S = 250.0
@@ -87,6 +89,7 @@ class Loaded:
         quiet: of windows as long as those of the swaps, before the first swap.
         before: of the windows just before each swap, each as long as that swap's.
         during: of each swap's window, from the release until `_SETTLE_S` after the switch.
+        all_quiet: of all of `quiet` together.
         all_before: of all of `before` together.
         all_during: of all of `during` together.
         load_s: mean time that the worker spent on opening a version.
@@ -99,6 +102,7 @@ class Loaded:
     quiet: list[Latency]
     before: list[Latency]
     during: list[Latency]
+    all_quiet: Latency
     all_before: Latency
     all_during: Latency
     load_s: float
@@ -110,6 +114,12 @@ class Loaded:
     def ratio(self) -> float:
         """p99 during swaps over p99 before them."""
         return self.all_during.p99 / self.all_before.p99
+
+    @property
+    def ratio_to_quiet(self) -> float:
+        """p99 during swaps over p99 before the first; what a swap leaves behind is in it too, and
+        whatever else has changed since."""
+        return self.all_during.p99 / self.all_quiet.p99
 
 
 @dataclass
@@ -187,22 +197,22 @@ class SwapMemoryResults:
 
 
 def swap_windows(swaps: Sequence[Swap]) -> list[tuple[Window, Window]]:
-    """For each swap the window just before it and its own, equally long.
+    """For each swap the window just before it, `_GAP_S` apart, and its own, equally long.
 
-    The one before ends early at the window of the swap before.
+    The one before starts later where the window of the swap before it ends later.
 
     Raises:
-        BenchmarkError: a release came while the swap before was under way.
+        BenchmarkError: a release came too soon after the swap before.
     """
     own = [(swap.promoted_s, swap.served_s + _SETTLE_S) for swap in swaps]
     for (_, end), (start, _) in pairwise(own):
-        if start <= end:
+        if start - _GAP_S <= end:
             raise BenchmarkError(
-                f"a swap took {end - start:.1f} s too long for the next: leave more time (--every)"
+                f"a swap ended {start - end:.1f} s before the next: leave more time (--every)"
             )
     free_from = [-math.inf, *(end for _, end in own)]
     return [
-        ((max(free, start - (end - start)), start), (start, end))
+        ((max(free, start - _GAP_S - (end - start)), start - _GAP_S), (start, end))
         for free, (start, end) in zip(free_from, own, strict=False)
     ]
 
@@ -359,13 +369,15 @@ def _at_load(
         chosen = within(pace.probe_due_s(), windows)
         return latency({probe: due[probe] for probe in chosen}, seen)
 
+    quiet = quiet_windows(length, swaps[0].promoted_s - _GAP_S)
     found = Loaded(
         share=share,
         rate=pace.rate,
         swaps=swaps,
-        quiet=[of(window) for window in quiet_windows(length, swaps[0].promoted_s)],
+        quiet=[of(window) for window in quiet],
         before=[of(window) for window, _ in pairs],
         during=[of(window) for _, window in pairs],
+        all_quiet=of(*quiet),
         all_before=of(*(window for window, _ in pairs)),
         all_during=of(*(window for _, window in pairs)),
         load_s=(after["load"] - before["load"]) / len(swaps),
@@ -513,19 +525,20 @@ def _opened_bytes(bundle: Path) -> int:
 def load_table(results: SwapResults) -> list[list[str]]:
     """Rows of latency in milliseconds by load; the first is the head."""
     head = [
-        "load, events/s", "p50 before / during swaps", "p99 before / during swaps", "ratio of p99",
+        "load, events/s", "p50 quiet / before / during swaps", "p99 quiet / before / during swaps",
+        "p99 during swaps over quiet / before",
         "p99 of single windows: without swaps", "with one", "loading, s", "switch, ms",
     ]  # fmt: skip
     return [head, *map(_cells, results.loads)]
 
 
 def _cells(found: Loaded) -> list[str]:
-    before, during = found.all_before, found.all_during
+    kinds = (found.all_quiet, found.all_before, found.all_during)
     return [
         f"{found.share:.0%}, {found.rate:,.0f}",
-        f"{before.p50:.1f} / {during.p50:.1f}",
-        f"{before.p99:.1f} / {during.p99:.1f}",
-        f"{found.ratio:.2f}",
+        " / ".join(f"{one.p50:.1f}" for one in kinds),
+        " / ".join(f"{one.p99:.1f}" for one in kinds),
+        f"{found.ratio_to_quiet:.2f} / {found.ratio:.2f}",
         Spread.of(one.p99 for one in [*found.quiet, *found.before]).shown(".1f"),
         Spread.of(one.p99 for one in found.during).shown(".1f"),
         f"{found.load_s:.2f}",
@@ -538,9 +551,9 @@ def load_verdicts(results: SwapResults) -> list[tuple[bool, str]]:
     assert results.accounts is not None
     found = [
         (
-            one.ratio <= LATENCY_GOAL,
-            f"at {one.share:.0%}: p99 during {len(one.swaps)} swaps is {one.ratio:.2f} of that"
-            f" before them (goal {LATENCY_GOAL})",
+            max(one.ratio, one.ratio_to_quiet) <= LATENCY_GOAL,
+            f"at {one.share:.0%}: p99 during {len(one.swaps)} swaps is {one.ratio:.2f} of that just"
+            f" before each, {one.ratio_to_quiet:.2f} of that before the first; goal {LATENCY_GOAL}",
         )
         for one in results.loads
     ]
