@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,6 @@ from worker.manifest import MANIFEST_FILE, MODEL_FILE
 from worker.registry import LocalRegistry
 
 SHIPPED = Path(__file__).parents[2] / "models" / "shipped" / "posts"
-
-
-@pytest.fixture
-def files() -> Iterator[FaultyFileSystem]:
-    yield FaultyFileSystem()
-    FaultyFileSystem.store.clear()
-    FaultyFileSystem.pseudo_dirs[:] = [""]
-
-
-@pytest.fixture
-def remote(files: FaultyFileSystem, tmp_path: Path) -> RemoteStore:
-    return RemoteStore(files, "/models", "memory://models", tmp_path / "mirror")
-
-
-@pytest.fixture(params=["local", "remote"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """Both kinds in turn."""
-    if request.param == "local":
-        return LocalStore(tmp_path / "registry")
-    found = request.getfixturevalue("remote")
-    assert isinstance(found, Store)
-    return found
 
 
 @pytest.fixture

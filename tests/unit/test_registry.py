@@ -43,28 +43,6 @@ from worker.remote import RemoteRegistry
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture
-def files() -> Iterator[FaultyFileSystem]:
-    yield FaultyFileSystem()
-    FaultyFileSystem.store.clear()
-    FaultyFileSystem.pseudo_dirs[:] = [""]
-
-
-@pytest.fixture
-def remote(files: FaultyFileSystem, tmp_path: Path) -> RemoteStore:
-    return RemoteStore(files, "/models", "memory://models", tmp_path / "mirror")
-
-
-@pytest.fixture(params=["local", "remote"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """Both kinds in turn."""
-    if request.param == "local":
-        return LocalStore(tmp_path / "registry")
-    found = request.getfixturevalue("remote")
-    assert isinstance(found, Store)
-    return found
-
-
 def published(store: Store, tmp_path: Path, *versions: str) -> None:
     for version in versions:
         publish(tiny_bundle(tmp_path / "made" / version), store)
