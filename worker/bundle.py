@@ -148,6 +148,7 @@ def open_bundle(
     warmup_batches: Sequence[int] = (1,),
     memory_budget_bytes: int | None = None,
     public_keys: Sequence[bytes] = (),
+    beside: Sequence[Bundle] = (),
 ) -> Bundle:
     """Open, check and warm up a bundle.
 
@@ -166,6 +167,8 @@ def open_bundle(
         memory_budget_bytes: refuse a bundle that is expected to take more; None opens any.
         public_keys: refuse a bundle that none of them signed (`worker.signing.parse_public_key`);
             none given: signatures are not looked at.
+        beside: bundles that are open; item ids that are one of theirs are shared with it, which
+            saves the time and the memory of another copy.
 
     Raises:
         BundleError: the first thing that is wrong, and what to do about it; `reason` names it.
@@ -179,13 +182,16 @@ def open_bundle(
             verify=verify,
             memory_budget_bytes=memory_budget_bytes,
             public_keys=public_keys,
+            indexes={bundle.manifest.catalogue: bundle.index for bundle in beside},
         )
         for check in checks.in_order():
             try:
                 check()
             except BundleError as error:
                 raise BundleError(f"{path}: {error.reason}: {error}", error.reason) from None
-    bundle = Bundle(checks.manifest, path, checks.session, tuple(checks.index), checks.text)
+    shared = (one.items for one in beside if one.index is checks.index)
+    items = next(shared, None) or tuple(checks.index)
+    bundle = Bundle(checks.manifest, path, checks.session, items, checks.text)
     # What the cached property would make at the first batch is there already.
     vars(bundle)["index"] = checks.index
     try:

@@ -6,7 +6,7 @@ rest on an earlier one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +111,8 @@ class Checks:
         memory_budget_bytes: most memory that it may take; None: any.
         public_keys: of whom one must have signed it, 32 bytes each; none: signatures are not
             looked at.
+        indexes: of bundles that are open, by catalogue: a list of ids that is one of theirs is not
+            read again.
 
     Raises:
         BundleError: there is no manifest, it is not trusted, or not one.
@@ -125,8 +127,10 @@ class Checks:
         verify: bool = True,
         memory_budget_bytes: int | None = None,
         public_keys: Sequence[bytes] = (),
+        indexes: Mapping[str, dict[str, int]] | None = None,
     ) -> None:
         self._files = files
+        self._indexes = {} if indexes is None else indexes
         self._threads = intra_op_threads
         self._verify = verify
         self._memory_budget_bytes = memory_budget_bytes
@@ -193,7 +197,11 @@ class Checks:
 
     def _check_items(self) -> None:
         # After the model: while that loads, it takes more than it does later.
-        self.index = read_item_ids(self._chunks(ITEMS_FILE), self.manifest.item_count)
+        known = self._indexes.get(self.manifest.catalogue)
+        if known is not None and len(known) == self.manifest.item_count:
+            self.index = known
+        else:
+            self.index = read_item_ids(self._chunks(ITEMS_FILE), self.manifest.item_count)
 
     def _check_model(self) -> None:
         self._session = self._load(MODEL_FILE)

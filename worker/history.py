@@ -122,11 +122,13 @@ class History(msgspec.Struct, gc=False, eq=False):
     #: Items put at the end since `window` was made; None where anything else changed.
     appended: int | None = None
     #: Model indexes of the last `length` items, int32, 0 where the model does not know one or
-    #: the history is shorter; valid for the model `window_of`.
+    #: the history is shorter; valid for models of the catalogue `window_of`.
     window: bytes = b""
     window_of: str = ""
-    #: State of a recurrent model after `window`, float32; None where it must be made anew.
+    #: State of the recurrent model `carry_of` after `window`, float32; None where it must be made
+    #: anew.
     carry: bytes | None = None
+    carry_of: str = ""
     #: What the user did with what was served, in one trial.
     record: UserRecord | None = None
     #: The list that Redis holds, and the one that the other version of a trial made beside it;
@@ -225,8 +227,13 @@ class History(msgspec.Struct, gc=False, eq=False):
             del timestamps[0]
         return "applied"
 
-    def refresh_window(self, index: Mapping[str, int], version: str) -> list[int] | None:
+    def refresh_window(
+        self, index: Mapping[str, int], catalogue: str, version: str
+    ) -> list[int] | None:
         """Bring `window` up to date for the model `version`, whose items `index` numbers from 1.
+
+        Versions of one `catalogue` number their items alike, so that a swap from one to the other
+        leaves windows as they are: to make those of all users anew costs every user's next event.
 
         Returns:
             Model indexes of the items that came since the last time, without those that the model
@@ -234,9 +241,12 @@ class History(msgspec.Struct, gc=False, eq=False):
         """
         fresh = self.appended
         self.appended = 0
-        if self.window_of != version or fresh is None or fresh >= self.length:
+        if self.carry_of != version:
             self.carry = None
-            self.window_of = version
+            self.carry_of = version
+        if self.window_of != catalogue or fresh is None or fresh >= self.length:
+            self.carry = None
+            self.window_of = catalogue
             known = np.zeros(self.length, dtype=np.int32)
             if self.items:
                 known[-len(self.items) :] = [index.get(item, 0) for item in self.items]

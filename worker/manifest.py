@@ -98,6 +98,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.name}@{self.version}"
 
     @property
+    def catalogue(self) -> str:
+        """Names the list of item ids: bundles of one catalogue number their items alike."""
+        return self.files[ITEMS_FILE].sha256
+
+    @property
     def most(self) -> int:
         """The largest `k` that the model takes."""
         return self.item_count if self.max_k is None else min(self.max_k, self.item_count)

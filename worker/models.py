@@ -303,6 +303,9 @@ class Models:
                 warmup_batches=self._warmup_batches,
                 memory_budget_bytes=available_bytes() if budget is None else budget,
                 public_keys=self._public_keys,
+                beside=[
+                    one for serving in self._serving.values() for one in serving.bundles.values()
+                ],
             )
             manifest = bundle.manifest
             if (manifest.name, manifest.version) != (name, version):

@@ -54,8 +54,8 @@ class Recommender:
         self._filter = Filter(rules, surface)
         self._top_k = top_k
         self._ask = float(top_k + SPARE)
-        #: Which items rules allow, for the model named; not the bundle itself, which would keep its
-        #: memory after a swap.
+        #: Which items rules allow, for the catalogue named; not the bundle itself, which would keep
+        #: its memory after a swap.
         self._shown_of = ""
         self._shown: NDArray[np.bool_] | None = None
 
@@ -71,9 +71,9 @@ class Recommender:
         Raises:
             Exception: whatever the model raises.
         """
-        version = bundle.manifest.reference
-        if self._shown_of != version:
-            self._shown_of, self._shown = version, self._filter.shown(bundle.items)
+        catalogue = bundle.manifest.catalogue
+        if self._shown_of != catalogue:
+            self._shown_of, self._shown = catalogue, self._filter.shown(bundle.items)
         lists = Lists()
         began = time.perf_counter()
         inputs = model_inputs(histories, bundle)

@@ -82,9 +82,9 @@ def model_inputs(histories: Sequence[History], bundle: Bundle) -> Inputs:
     A user whose known history is shorter than the manifest's `min_length` is in no run.
     """
     manifest, index = bundle.manifest, bundle.index
-    version = manifest.reference
+    catalogue, version = manifest.catalogue, manifest.reference
     fresh: list[list[int] | None] = [
-        history.refresh_window(index, version) for history in histories
+        history.refresh_window(index, catalogue, version) for history in histories
     ]
     windows = np.frombuffer(b"".join([history.window for history in histories]), dtype=np.int32)
     windows = windows.reshape(len(histories), -1)

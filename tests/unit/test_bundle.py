@@ -26,6 +26,17 @@ def test_a_sound_bundle_scores_the_whole_catalogue(tmp_path: Path) -> None:
     assert not check_bundle(bundle.path)
 
 
+def test_item_ids_are_shared_with_an_open_bundle_of_the_same_ids(tmp_path: Path) -> None:
+    first = open_bundle(tiny_bundle(tmp_path / "v1"))
+    second = open_bundle(tiny_bundle(tmp_path / "v2", seed=1), beside=[first])
+    assert second.items is first.items
+    assert second.index is first.index
+    swapped = ("item-2", "item-1", *ITEMS[2:])
+    other = open_bundle(tiny_bundle(tmp_path / "v3", items=swapped), beside=[first, second])
+    assert other.items == swapped
+    assert other.index == {item: number for number, item in enumerate(swapped, start=1)}
+
+
 def failing_beyond(rows: int) -> bytes:
     """A model that runs for fewer than `rows` histories at once."""
     model = ModelProto.FromString(tiny_model())

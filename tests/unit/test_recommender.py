@@ -31,7 +31,7 @@ class Table:
         self.items = NAMES
         self.index = {name: number for number, name in enumerate(NAMES, start=1)}
         self.manifest = SimpleNamespace(
-            reference="posts@v1", max_length=8, min_length=1, carry_width=None,
+            reference="posts@v1", catalogue="1", max_length=8, min_length=1, carry_width=None,
             any_length=False, item_count=len(NAMES), most=len(NAMES),
         )  # fmt: skip
 

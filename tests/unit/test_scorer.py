@@ -28,8 +28,8 @@ def model(
     any_length: bool = False,
 ) -> Bundle:
     manifest = SimpleNamespace(
-        reference=f"posts@{version}", max_length=max_length, min_length=min_length,
-        carry_width=carry_width, any_length=any_length,
+        reference=f"posts@{version}", catalogue="".join(index), max_length=max_length,
+        min_length=min_length, carry_width=carry_width, any_length=any_length,
     )  # fmt: skip
     made = SimpleNamespace(
         manifest=manifest,
@@ -74,7 +74,7 @@ def known(items: Sequence[str], index: dict[str, int], length: int) -> list[int]
             st.sampled_from("abcdefgxyz"),
             st.integers(0, 30),
             st.sampled_from([EventType.VIEW, EventType.LIKE, EventType.HIDE]),
-            st.sampled_from(["nothing", "score", "swap"]),
+            st.sampled_from(["nothing", "score", "new version", "new catalogue"]),
         ),
         max_size=40,
     ),
@@ -83,18 +83,29 @@ def known(items: Sequence[str], index: dict[str, int], length: int) -> list[int]
 def test_an_input_is_what_a_fresh_look_at_the_history_gives(
     steps: list[tuple[str, int, EventType, str]], max_length: int
 ) -> None:
-    history, versions = History(LENGTH), 1
+    history, versions, catalogues = History(LENGTH), 1, 0
     indexes = [INDEX, {name: number for number, name in enumerate("zyxabc", start=1)}]
     for offset, (item, at, kind, then) in enumerate(steps):
         take(history, item, at, offset, kind)
-        versions += then == "swap"
+        versions += then != "score"
+        catalogues += then == "new catalogue"
         if then != "nothing":
-            index = indexes[versions % 2]
+            index = indexes[catalogues % 2]
             inputs = model_inputs([history], model(max_length, version=f"v{versions}", index=index))
             expected = known(history.items, index, max_length)
             assert rows(inputs) == ({0: expected} if any(expected) else {})
             window = [index.get(name, 0) for name in history.items]
             assert inputs.windows[0].tolist() == [0] * (LENGTH - len(window)) + window
+
+
+def test_a_version_of_the_same_catalogue_takes_the_windows_as_they_are() -> None:
+    history = of("abc")
+    model_inputs([history], model(version="v1"))
+    window = history.window
+    model_inputs([history], model(version="v2"))
+    assert history.window is window
+    model_inputs([history], model(version="v2", index={"b": 1}))
+    assert history.window is not window
 
 
 def test_a_user_with_too_little_known_is_in_no_run() -> None:
@@ -151,7 +162,9 @@ def test_only_new_known_items_are_read_from_the_carry() -> None:
     assert only_run(history) == ([[4, 5]], [[1.0, 2.0]])
 
 
-@pytest.mark.parametrize("why", ["swap", "late", "hide", "nothing new", "too much", "failed run"])
+@pytest.mark.parametrize(
+    "why", ["swap", "late", "hide", "nothing new", "too much", "failed run", "scored by another"]
+)
 def test_a_carry_that_does_not_fit_is_made_anew(why: str) -> None:
     history, version = carried("abc"), "v1"
     if why == "swap":
@@ -167,6 +180,10 @@ def test_a_carry_that_does_not_fit_is_made_anew(why: str) -> None:
     elif why == "failed run":
         take(history, "d", 9, 9)
         model_inputs([history], recurrent())  # its carry never came
+        take(history, "e", 10, 10)
+    elif why == "scored by another":
+        take(history, "d", 9, 9)
+        model_inputs([history], model(version="v2"))  # of the same catalogue, and not recurrent
         take(history, "e", 10, 10)
     (read,), (carry,) = only_run(history, version)
     assert carry == [0.0, 0.0]
