@@ -92,7 +92,7 @@ class Decider:
                 log.error("decision_failed surface=%s error=%s", surface.value, error)
 
     def rest(self) -> None:
-        """Export nothing: another worker decides, or a trial is over."""
+        """Export nothing: another worker decides."""
         self._metrics.live_quality.clear()
         self._metrics.trial_evidence.clear()
 
@@ -201,7 +201,9 @@ class Decider:
     def _export(self, serving: Serving, tally: PartitionTally) -> None:
         """Figures of each version with their bounds, over all partitions."""
         if self._exported.get(serving.surface) != serving.period:
-            self.rest()
+            surface = {"surface": serving.surface.value}
+            self._metrics.live_quality.remove_by_labels(surface)
+            self._metrics.trial_evidence.remove_by_labels(surface)
             self._exported[serving.surface] = serving.period
         alpha = self._settings.gate_alpha / 2
         for role, version, own in _by_version(serving, tally):

@@ -16,7 +16,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from worker.errors import BrokerError, BundleError
 from worker.outbox import Outgoing
-from worker.releases import Release, decode_release, encode_release
+from worker.releases import Release, decode_release, encode_release, newer
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,33 @@ def _take(key: bytes | None, value: bytes | None, note: Callable[[str, Release],
         log.error("release_damaged model=%s error=%s", name, error)
         return
     note(name, release)
+
+
+async def newest_release(kafka: str, topic: str, name: str) -> Release | None:
+    """The newest release of model `name` in `topic`; for the command line.
+
+    Raises:
+        BrokerError: Kafka does not answer.
+    """
+    found: list[Release] = []
+
+    def note(model: str, release: Release) -> None:
+        if model == name:
+            found.append(release)
+
+    try:
+        await read_releases(kafka, topic, note)
+    except UnknownTopicOrPartitionError:
+        return None  # no worker has run yet
+    except (KafkaError, OSError) as error:
+        raise BrokerError(
+            f"Kafka at {kafka} does not say what was pushed to {topic} ({error}), and nothing was"
+            " changed: correct --kafka, or leave it out to change the registry alone"
+        ) from None
+    newest: Release | None = None
+    for release in found:
+        newest = newer(newest, release)
+    return newest
 
 
 async def push_release(kafka: str, topic: str, name: str, release: Release) -> None:

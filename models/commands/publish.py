@@ -12,7 +12,8 @@ import click
 import msgspec
 
 from models.commands.output import age, json_option, megabytes, print_json, section, size, table
-from models.commands.releases import announce, push_options, whoami
+from models.commands.releases import promote as promote_version
+from models.commands.releases import push_options
 from models.commands.stores import opened, registry_option
 from models.provenance import missing_provenance
 from models.stores import Store
@@ -51,7 +52,7 @@ def publish_bundle(
         raise
     manifest = done.manifest
     if promote:
-        announce(manifest.name, store.promote(manifest.name, manifest.version, by=whoami()))
+        promote_version(store, manifest.name, manifest.version)
     warnings = [*done.warnings]
     serves = False
     with _noting(warnings):

@@ -19,6 +19,8 @@ from models.stores import Store
 from worker.releases import (
     Release,
     canary_ended,
+    newer,
+    promoted,
     rolled_back,
     unquarantined,
     with_canary,
@@ -31,7 +33,7 @@ _KAFKA, _TOPIC = "streamrec.kafka", "streamrec.releases_topic"
 
 
 def push_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --kafka and --releases-topic, for `announce`."""
+    """Add --kafka and --releases-topic, for what changes a release."""
 
     def kept(key: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
         def keep(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -73,7 +75,7 @@ def promote_model(name: str, version: str, force: bool, registry: str, as_json: 
     """
     store = opened(registry)
     _read_again(store, name, version)
-    release = store.promote(name, version, force=force, by=whoami())
+    release = promote(store, name, version, force=force)
     _done(name, release, as_json, f"{name}@{version} serves from now on")
 
 
@@ -105,14 +107,14 @@ def canary_model(
     if end:
         if version is not None or share is not None or no_auto:
             raise click.UsageError("--end takes no VERSION, --share or --no-auto")
-        release = store.change(name, lambda old: canary_ended(old, by=by, at=at))
+        release = _change(store, name, lambda old: canary_ended(old, by=by, at=at))
         _done(name, release, as_json, f"the canary of {name} ended; {release.stable} serves all")
         return
     if version is None or share is None:
         raise click.UsageError("say which VERSION and which --share, or --end")
     _read_again(store, name, version)
-    release = store.change(
-        name, lambda old: with_canary(old, version, share, auto=not no_auto, by=by, at=at)
+    release = _change(
+        store, name, lambda old: with_canary(old, version, share, auto=not no_auto, by=by, at=at)
     )
     _done(name, release, as_json, f"{name}@{version} serves {share:.4g} of the users from now on")
 
@@ -132,7 +134,7 @@ def shadow_model(name: str, version: str | None, off: bool, registry: str, as_js
     if version is not None:
         _read_again(store, name, version)
     by, at = whoami(), datetime.now(UTC)
-    release = store.change(name, lambda old: with_shadow(old, version, by=by, at=at))
+    release = _change(store, name, lambda old: with_shadow(old, version, by=by, at=at))
     said = "no version" if version is None else f"{name}@{version}"
     _done(name, release, as_json, f"{said} runs as shadow of {name} from now on")
 
@@ -152,8 +154,10 @@ def rollback_model(name: str, to: str | None, reason: str, registry: str, as_jso
     The version left is quarantined, and a running canary ends.
     """
     by, at = whoami(), datetime.now(UTC)
-    release = opened(registry).change(
-        name, lambda old: rolled_back(old, to, quarantine=reason, by=by, at=at)
+    release = _change(
+        opened(registry),
+        name,
+        lambda old: rolled_back(old, to, quarantine=reason, by=by, at=at),
     )
     _done(name, release, as_json, f"{name}@{release.stable} serves from now on")
 
@@ -170,7 +174,7 @@ def quarantine_model(name: str, version: str, reason: str, registry: str, as_jso
     by, at = whoami(), datetime.now(UTC)
     store = opened(registry)
     store.require(name, version)
-    release = store.change(name, lambda old: with_quarantined(old, version, reason, by=by, at=at))
+    release = _change(store, name, lambda old: with_quarantined(old, version, reason, by=by, at=at))
     _done(name, release, as_json, f"{name}@{version} is quarantined: {reason}")
 
 
@@ -183,7 +187,7 @@ def quarantine_model(name: str, version: str, reason: str, registry: str, as_jso
 def unquarantine_model(name: str, version: str, registry: str, as_json: bool) -> None:
     """Allow again that VERSION of model NAME serves; it does so once promoted."""
     by, at = whoami(), datetime.now(UTC)
-    release = opened(registry).change(name, lambda old: unquarantined(old, version, by=by, at=at))
+    release = _change(opened(registry), name, lambda old: unquarantined(old, version, by=by, at=at))
     _done(name, release, as_json, f"{name}@{version} may serve again")
 
 
@@ -216,18 +220,43 @@ COMMANDS: Sequence[click.Command] = (
 )
 
 
-def announce(name: str, release: Release) -> None:
-    """Push a change to the running workers where `--kafka` says how; else they find it when they
-    look at the registry.
+def promote(store: Store, name: str, version: str, *, force: bool = False) -> Release:
+    """Make `version` the one that serves, as `Registry.promote`, and push that.
 
     Raises:
-        BrokerError: Kafka does not take it; the registry has it nevertheless.
+        BrokerError: Kafka does not answer, and nothing was changed; or it does not take the change,
+            and the registry has it nevertheless.
+    """
+    by, at = whoami(), datetime.now(UTC)
+    return _change(
+        store, name, lambda old: promoted(old, version, force=force, by=by, at=at), repair=True
+    )
+
+
+def _change(
+    store: Store,
+    name: str,
+    transition: Callable[[Release | None], Release],
+    *,
+    repair: bool = False,
+) -> Release:
+    """Change a release, and push that to the running workers where `--kafka` says how; else they
+    find it when they look at the registry.
+
+    What was pushed before may be newer than what the registry has, which workers cannot always
+    write: a canary that they rolled back must not come to life again by the next change.
     """
     chosen = click.get_current_context().meta
-    if kafka := chosen.get(_KAFKA):
-        from worker.release_channel import push_release  # noqa: PLC0415 - loads a Kafka client
+    kafka = chosen.get(_KAFKA)
+    if kafka is None:
+        return store.change(name, transition, repair=repair)
+    from worker.release_channel import newest_release, push_release  # noqa: PLC0415 - loads Kafka
 
-        asyncio.run(push_release(kafka, chosen[_TOPIC], name, release))
+    topic = chosen[_TOPIC]
+    pushed = asyncio.run(newest_release(kafka, topic, name))
+    release = store.change(name, lambda old: transition(newer(old, pushed)), repair=repair)
+    asyncio.run(push_release(kafka, topic, name, release))
+    return release
 
 
 def whoami() -> str:
@@ -245,7 +274,6 @@ def _read_again(store: Store, name: str, version: str) -> None:
 
 
 def _done(name: str, release: Release, as_json: bool, said: str) -> None:
-    announce(name, release)
     if as_json:
         print_json({"name": name, **msgspec.to_builtins(release)})
     else:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from click.testing import CliRunner
 from redis import Redis
 
+from models.cli import models
 from tests.conftest import ITEMS, tiny_bundle
 from tests.integration.support import PARTITIONS, WorkerProcess, World, event, eventually
 from tests.integration.test_trials import USERS, Crowd, decisions, served, start_canary
@@ -229,6 +231,19 @@ def test_a_worker_that_starts_late_never_serves_what_was_rolled_back(
         json.loads(record.value)["model_version"] for record in world.read(world.recommendations)
     }
     assert versions == {"posts@v1"}
+    # Nor does the next change bring it back, though the registry still has it as canary.
+    done = CliRunner().invoke(
+        models,
+        [
+            *("shadow", "posts", "v2", "--registry", str(registry.root)),
+            *("--kafka", world.broker.bootstrap, "--releases-topic", f"{world.name}.releases"),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    after = released(registry)
+    assert (after.canary, after.shadow) == (None, "v2")
+    assert SPOILED in after.quarantined
+    assert after.revision > ended.revision
 
 
 def garbage(revision: int) -> list[tuple[bytes | None, bytes | None]]:

@@ -433,6 +433,27 @@ def test_figures_are_of_the_versions_of_the_present_trial(stage: Stage) -> None:
     assert samples(stage.metrics, "streamrec_trial_evidence") == {}
 
 
+def test_a_new_trial_on_one_surface_leaves_the_figures_of_others(registry: LocalRegistry) -> None:
+    tiny_bundle(registry.root / "friends" / V1, seed=1, name="friends", surface="friends")
+    registry.promote("friends", V1)
+    canary(registry)
+    both = {
+        Surface.POSTS: ModelChoice("posts", None),
+        Surface.FRIENDS: ModelChoice("friends", None),
+    }
+    stage = Stage(registry, models(registry, choices=both))
+    for surface in both:
+        stage.show(canary=0.5, count=5, surface=surface)
+    stage.look()
+    friends = samples(stage.metrics, "streamrec_live_quality", surface="friends")
+    assert friends
+    registry.change("posts", lambda old: canary_promoted(old, at=now()))
+    stage.refresh()
+    # Redis fails before the figures of friends are read again.
+    stage.decider._export(stage.models.serving(Surface.POSTS), PartitionTally(period=1))
+    assert samples(stage.metrics, "streamrec_live_quality", surface="friends") == friends
+
+
 def test_a_shadows_figures_are_its_own(registry: LocalRegistry) -> None:
     registry.change("posts", lambda old: with_shadow(old, V2, at=now()))
     stage = Stage(registry)
