@@ -71,9 +71,15 @@ train: $(STAMP) ## Train, compress and report (SOURCE=ml-100k): build/models, bu
 
 COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-annotate --no-header
+# What ships has the versions that are tested.
+SHIP = $(COMPILE) --constraints requirements.lock
 
-lock: ## Resolve requirements.lock and benchmarks/quix.lock again (needs uv)
+lock: ## Resolve all lock files again (needs uv)
 	$(COMPILE) --all-extras pyproject.toml -o requirements.lock
+	$(SHIP) --extra remote --extra signed pyproject.toml -o deploy/container/worker.lock
+	$(SHIP) --extra remote --extra signed --extra train pyproject.toml -o deploy/container/models.lock
+	$(SHIP) --extra s3 pyproject.toml -o deploy/container/s3.lock
+	$(SHIP) deploy/container/build.in -o deploy/container/build.lock
 	sed -nE 's/^((numpy|onnxruntime|msgspec|redis|hiredis)==.*[^ ]) \\$$/\1/p' requirements.lock \
 	  | $(COMPILE) --constraints - benchmarks/quix.in -o benchmarks/quix.lock
 
