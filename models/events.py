@@ -170,6 +170,9 @@ class EventLog:
             tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int8], NDArray[np.int64]]
         ] = []
         self._texts: dict[str, tuple[int, str]] = {}
+        #: Events gathered so far; and how many there were when a user was forgotten.
+        self._count = 0
+        self._forgotten: dict[int, int] = {}
 
     def extend(
         self,
@@ -180,6 +183,11 @@ class EventLog:
     ) -> None:
         """Add events; users and items as numbers of the vocabularies, types of `TYPES`."""
         self._parts.append((users, items, types, timestamps_ms))
+        self._count += len(users)
+
+    def forget(self, user: int) -> None:
+        """Leave out what was added of a user so far."""
+        self._forgotten[user] = self._count
 
     def note_text(self, item: str, timestamp_ms: int, text: str) -> None:
         """`item` had this text at a time; the newest counts, of equally new ones the last."""
@@ -200,6 +208,7 @@ class EventLog:
             for column in range(4)
         )
         order = np.argsort(times, kind="stable")
+        order = order[~self._before_tombstone(users)[order]]
         pairs = users[order].astype(np.int64) * max(len(self.items), 1) + items[order]
         order = order[_shown(pairs, types[order] == _HIDE)][:limit]
         if not len(order):
@@ -214,9 +223,16 @@ class EventLog:
             sha256=sha256,
         )
 
+    def _before_tombstone(self, users: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which events were added before their user was forgotten, bool `[events]`."""
+        known_until = np.zeros(len(self.users), dtype=np.int64)
+        known_until[list(self._forgotten)] = list(self._forgotten.values())
+        found: NDArray[np.bool_] = np.arange(len(users)) < known_until[users]
+        return found
+
     def _why_empty(self, name: str, count: int) -> str:
         if count:
-            return f"every event of {name} is hidden or cut off by the limit: give more events"
+            return f"every event of {name} is hidden, forgotten or cut off by the limit: give more events"
         if self.elsewhere:
             return (
                 f"{name} holds {self.elsewhere} events, all of other surfaces: give the surface"

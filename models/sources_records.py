@@ -13,7 +13,7 @@ from typing import IO, cast
 import numpy as np
 
 from models.events import TYPE_CODES, BadRecords, EventLog, SourceError
-from worker.events import Decoder, Record, Records
+from worker.events import Decoder, Event, Record, Records
 from worker.settings import load_settings
 
 _CHUNK = 8192
@@ -49,8 +49,14 @@ class RecordIntake:
         batch = self._decoder.decode(records, now_ms=int(time.time() * 1000))
         for rejected in batch.rejected:
             self._bad.reject(where(rejected.record), rejected.reason, rejected.detail)
-        events = [event for event in batch.events if event.surface == self._surface]
-        self._log.elsewhere += len(batch.events) - len(events)
+        for part in batch.cut():
+            self._gather(part.events)
+            for user in self._log.users.codes(one.user_id for one in part.tombstones):
+                self._log.forget(int(user))
+
+    def _gather(self, read: Sequence[Event]) -> None:
+        events = [event for event in read if event.surface == self._surface]
+        self._log.elsewhere += len(read) - len(events)
         self._log.extend(
             self._log.users.codes(event.user_id for event in events),
             self._log.items.codes(event.item_id for event in events),

@@ -23,7 +23,7 @@ from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, batch_consumer
 from worker.metrics import Metrics
 from worker.models import Models
-from worker.outbox import Outbox
+from worker.outbox import LARGEST_BATCH_BYTES, Outbox
 from worker.pipeline import KAFKA_FAILURES, Pipeline
 from worker.processor import Processor
 from worker.registry import open_registry
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds between looks at lag, Redis and readiness.
 WATCH_INTERVAL_S = 1.0
-#: Largest record batch that is produced, half of Kafka's default `max.message.bytes`.
-PRODUCER_BATCH_BYTES = 512 * 1024
 
 
 class StreamrecApp(faust.App):
@@ -112,7 +110,7 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
         producer_acks=-1,
         producer_linger=0.0,
         # Records of one partition and write go as one batch, well below a broker's usual bound.
-        producer_max_batch_size=PRODUCER_BATCH_BYTES,
+        producer_max_batch_size=LARGEST_BATCH_BYTES,
         producer_request_timeout=30.0,
         topic_disable_leader=True,
         topic_allow_declare=False,

@@ -101,6 +101,7 @@ class Cache:
         recommendations_ttl_s: expiry of recommendations; 10 % jitter keeps keys written together
             from expiring together.
         history_ttl_s: expiry of histories after the user's last event.
+        forget_ttl_s: expiry of the empty history of a user who was erased.
         cold_items_ttl_s: expiry of a cold item after it was first seen.
         cold_items_max: cold items kept per surface, the newest.
     """
@@ -112,6 +113,7 @@ class Cache:
         timeout_ms: int,
         recommendations_ttl_s: int,
         history_ttl_s: int,
+        forget_ttl_s: int = 86400,
         cold_items_ttl_s: int = 0,
         cold_items_max: int = 0,
     ) -> None:
@@ -126,6 +128,7 @@ class Cache:
             raise CacheError(f"STREAMREC_REDIS is not a Redis URL: {error}") from None
         self._recommendations_ttl_s = recommendations_ttl_s
         self._history_ttl_s = history_ttl_s
+        self._forget_ttl_s = forget_ttl_s
         self._cold_items_ttl_s = cold_items_ttl_s
         self._cold_items_max = cold_items_max
 
@@ -137,6 +140,7 @@ class Cache:
             timeout_ms=settings.redis_timeout_ms,
             recommendations_ttl_s=settings.recommendations_ttl_s,
             history_ttl_s=settings.history_ttl_s,
+            forget_ttl_s=settings.forget_ttl_s,
             cold_items_ttl_s=settings.cold_items_ttl_s,
             cold_items_max=settings.cold_items_max,
         )
@@ -160,6 +164,7 @@ class Cache:
         histories: Mapping[UserKey, bytes],
         recommendations: Mapping[UserKey, bytes],
         popularity: Mapping[PartitionKey, PopularityTable],
+        forgotten: Mapping[UserKey, bytes] | None = None,
         cold_items: Mapping[Surface, Mapping[str, str]] | None = None,
         tallies: Mapping[PartitionKey, bytes] | None = None,
     ) -> None:
@@ -167,6 +172,7 @@ class Cache:
 
         Args:
             recommendations: as `encode` gives them.
+            forgotten: empty histories of users who were erased; their recommendations go.
             tallies: of trials; written after the histories that they count.
         """
         commands: list[Command] = [
@@ -184,6 +190,11 @@ class Cache:
             )
             for key, data in recommendations.items()
         ]
+        for key, data in (forgotten or {}).items():
+            commands += (
+                ("SET", history_key(key), data, "EX", self._forget_ttl_s),
+                ("DEL", recommendation_key(key)),
+            )
         for place, table in popularity.items():
             commands += self._popularity_commands(popularity_key(place), table)
         for surface, texts in (cold_items or {}).items():

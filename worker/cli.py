@@ -135,6 +135,27 @@ def recommend(user: str, surface: str, explain: bool, text: bool, **flags: Any) 
 
 
 @main.command()
+@click.argument("user")
+@click.option("--wait", is_flag=True, help="Wait until nothing of them is left in Redis.")
+@click.option(
+    "--wait-s", type=float, default=60.0, show_default=True, help="Longest such wait, in seconds."
+)
+@settings_options("kafka", "events_topic", "redis", "redis_timeout_ms")
+def forget(user: str, wait: bool, wait_s: float, **flags: Any) -> None:
+    """Erase what is kept of USER: histories, lists, and what workers hold in memory.
+
+    Writes a tombstone to the events topic (docs/privacy.md), which the workers carry out in its
+    place among the user's events; where none runs, the next one does. Exit code 75 where --wait was
+    in vain: the tombstone stays, and need not be sent again.
+    """
+    from worker.forget_command import forget as send  # noqa: PLC0415
+
+    place = send(load_settings(**flags), user, wait_s=wait_s if wait else None)
+    done = "erased" if wait else "will be erased when a worker reads the tombstone"
+    click.echo(f"{done}: {place.topic}, partition {place.partition}, offset {place.offset}")
+
+
+@main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 def validate(bundle: Path) -> None:
     """Check the model bundle in directory BUNDLE and explain what is wrong with it.

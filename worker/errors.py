@@ -110,6 +110,12 @@ class CacheError(StreamrecError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class NotForgottenYetError(StreamrecError):
+    """A tombstone is on the events topic, and no worker has carried it out yet."""
+
+    exit_code = 75  # EX_TEMPFAIL
+
+
 class HistoryFormatError(StreamrecError):
     """Redis holds histories of a later release: run that one, or delete `hist:*` keys."""
 

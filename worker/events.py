@@ -6,7 +6,9 @@ The contract is docs/events.md; its machine-readable form is docs/schema/user-ev
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -17,6 +19,8 @@ import msgspec
 SCHEMA_VERSION = 1
 #: Longest user, item and event id, in characters. Ids become Redis keys and labels of histories.
 MAX_ID_LENGTH = 256
+#: Longest user id in UTF-8.
+MAX_KEY_BYTES = 4 * MAX_ID_LENGTH
 #: Earliest believable epoch in milliseconds (1973-03-03). A smaller number is nearly always a
 #: timestamp in seconds, which would silently sort before everything else.
 EARLIEST_TIMESTAMP_MS = 100_000_000_000
@@ -188,13 +192,39 @@ class Rejected:
     detail: str
 
 
+class Tombstone(msgspec.Struct, frozen=True, gc=False):
+    """A record with a user's key and no value: what is kept of the user is to be erased."""
+
+    user_id: str
+    topic: str
+    partition: int
+    offset: int
+    #: Record time in epoch milliseconds.
+    record_time_ms: int
+
+
 @dataclass(slots=True)
 class EventBatch:
-    """What a batch of records held: the valid events in order, and the rejected records."""
+    """What a batch of records held: the valid events in order, the tombstones in order, and the
+    rejected records."""
 
     records: Records
     events: list[Event] = field(default_factory=list)
+    tombstones: list[Tombstone] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+
+    def cut(self) -> list[EventBatch]:
+        """The same in parts, in order, each ending behind a tombstone or at the end: so that who
+        takes the events of a part, then its tombstone, keeps the order of the records."""
+        if not self.tombstones:
+            return [self]
+        parts, start = [], 0
+        offsets = [event.offset for event in self.events]
+        for tombstone in self.tombstones:
+            end = bisect_left(offsets, tombstone.offset)
+            parts.append(EventBatch(self.records, self.events[start:end], [tombstone]))
+            start = end
+        return [*parts, EventBatch(self.records, self.events[start:], [], self.rejected)]
 
 
 class Decoder:
@@ -226,6 +256,11 @@ class Decoder:
         )
         for row, (offset, key, value, record_time_ms) in enumerate(columns):
             try:
+                if value is None and key is not None:
+                    batch.tombstones.append(
+                        Tombstone(_user_of(key), topic, partition, offset, record_time_ms)
+                    )
+                    continue
                 raw, timestamp_ms = check(key, value, latest_ms)
             except _ContractError as error:
                 batch.rejected.append(Rejected(records.at(row), error.reason, error.detail))
@@ -252,7 +287,10 @@ class Decoder:
     ) -> tuple[UserEvent, int]:
         """The event in `value` and its time in epoch milliseconds."""
         if not value:
-            raise _ContractError(Reason.EMPTY, "the record has no value")
+            raise _ContractError(
+                Reason.EMPTY,
+                "the record has no key and no value" if value is None else "the value is empty",
+            )
         if len(value) > self._max_bytes:
             raise _ContractError(
                 Reason.TOO_LARGE, f"{len(value)} bytes; at most {self._max_bytes} are accepted"
@@ -305,6 +343,21 @@ class _ContractError(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+
+def _user_of(key: bytes) -> str:
+    """The user whose tombstone has this key."""
+    # As long as no valid id is; so that no time is spent on a longer one.
+    if 0 < len(key) <= MAX_KEY_BYTES:
+        with suppress(UnicodeDecodeError):
+            user_id = key.decode("utf-8", "surrogatepass")
+            if len(user_id) <= MAX_ID_LENGTH:
+                return user_id
+    raise _ContractError(
+        Reason.WRONG_KEY,
+        "a record without a value erases the user whom its key names; this key is no user id"
+        f" (1 to {MAX_ID_LENGTH} characters of UTF-8)",
+    )
 
 
 def _classify(message: str) -> Reason:

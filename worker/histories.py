@@ -77,6 +77,10 @@ class Histories:
         reads.labels("damaged").inc(damaged)
         reads.labels("nowhere").inc(len(missing) - found - damaged)
 
+    def put(self, key: UserKey, history: History) -> None:
+        """`history` takes the place of what is cached of `key`, which must be; in memory alone."""
+        self._cached[key] = history
+
     def stored(self, keys: Iterable[UserKey]) -> dict[UserKey, bytes]:
         """Stored forms of `keys`, which must be cached."""
         stored = {}

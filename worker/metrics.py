@@ -32,7 +32,7 @@ SWAP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 3
 class Metrics:
     """The worker's metrics on a registry of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # noqa: PLR0915 - one declaration after the other
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -47,6 +47,17 @@ class Metrics:
             "streamrec_dead_letters",
             "Records sent to the dead-letter topic.",
             ["reason"],
+            registry=registry,
+        )
+        self.truncated = Counter(
+            "streamrec_truncated_records",
+            "Dead letters and lists that were cut to what the broker takes (docs/limits.md).",
+            ["topic"],
+            registry=registry,
+        )
+        self.forgotten_users = Counter(
+            "streamrec_forgotten_users",
+            "Users erased by a tombstone, repeats left out (docs/privacy.md).",
             registry=registry,
         )
         self.batch_events = Histogram(

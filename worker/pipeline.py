@@ -21,7 +21,13 @@ from faust.exceptions import ProducerSendError
 
 from worker.intake import RecordBatch
 from worker.metrics import Metrics
-from worker.outbox import Outbox, dead_letter_record, recommendation_record
+from worker.outbox import (
+    Outbox,
+    Outgoing,
+    dead_letter_record,
+    forgotten_record,
+    recommendation_record,
+)
 from worker.processor import Made, Processor
 from worker.retry import until_it_works
 from worker.settings import Settings
@@ -104,19 +110,25 @@ class Pipeline:
                 batch.finish()
                 self._metrics.event_seconds.observe(now - batch.read_at, len(batch.records))
 
+    def _records(self, made: Made) -> list[Outgoing]:
+        """What is published for users: those erased first, since their lists were made after."""
+        topic = self._settings.recommendations_topic
+        records = [forgotten_record(topic, one) for one in made.forgotten]
+        records += [
+            recommendation_record(topic, one.user_id, value, one.model_version)
+            for one, value in made.lists
+        ]
+        return records
+
     async def _publish(self, made: Sequence[Made]) -> None:
-        """Write lists and dead letters to Kafka, however long that takes."""
+        """Write lists, tombstones and dead letters to Kafka, however long that takes."""
         metrics, settings = self._metrics, self._settings
         lists = [pair for one in made for pair in one.lists]
         rejected = [letter for one in made for letter in one.rejected]
         with metrics.stage_seconds.labels("publish").time():
             outgoing = [dead_letter_record(settings.dead_letter_topic, one) for one in rejected]
-            outgoing += [
-                recommendation_record(
-                    settings.recommendations_topic, one.user_id, value, one.model_version
-                )
-                for one, value in lists
-            ]
+            for one in made:
+                outgoing += self._records(one)
             await until_it_works(
                 lambda: self._outbox.send(outgoing),
                 name="produce",

@@ -15,12 +15,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 from worker.arms import judged_as
 from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey, encode
 from worker.cold_items import ColdItems
-from worker.events import Decoder, Event, EventBatch, Reason, Records, Rejected, Surface
+from worker.events import (
+    Decoder,
+    Event,
+    EventBatch,
+    Reason,
+    Records,
+    Rejected,
+    Surface,
+    Tombstone,
+)
+from worker.forget import erased, keys_of
 from worker.histories import Histories
 from worker.history import History
 from worker.lists import ListMaker
@@ -59,6 +70,8 @@ class Made:
     #: With their JSON.
     lists: list[tuple[Recommendations, bytes]] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    #: Users who were erased, before any of `lists` was made.
+    forgotten: list[Tombstone] = field(default_factory=list)
     #: Text by item of the cold items that were seen first in this batch.
     cold_items: dict[Surface, dict[str, str]] = field(default_factory=dict)
 
@@ -137,10 +150,14 @@ class Processor:
         made = Made()
         with self._stage("decode"):
             now_ms = int(time.time() * 1000)
-            decoded = [self._decoder.decode(records, now_ms=now_ms) for records in batches]
+            decoded = [
+                part
+                for records in batches
+                for part in self._decoder.decode(records, now_ms=now_ms).cut()
+            ]
         self._metrics.batch_events.observe(sum(map(len, batches)))
         with self._stage("history"):
-            touched = self._apply(decoded, made)
+            touched, emptied = self._apply(decoded, made)
         lists: dict[UserKey, Recommendations] = {}
         for surface, users in _by_surface(touched).items():
             lists |= self._recommend(surface, users)
@@ -149,7 +166,7 @@ class Processor:
             # writing its effects could undo what that worker has written.
             return Made()
         with self._stage("cache"):
-            self._write(touched, lists, made)
+            self._write(touched, emptied, lists, made)
         return made
 
     def _clear(self) -> None:
@@ -160,13 +177,28 @@ class Processor:
 
     # -- events
 
-    def _apply(self, decoded: Sequence[EventBatch], made: Made) -> dict[UserKey, Touched]:
-        """Apply events to histories and popularity; returns what they touched."""
+    def _apply(
+        self, decoded: Sequence[EventBatch], made: Made
+    ) -> tuple[dict[UserKey, Touched], set[UserKey]]:
+        """Apply events to histories and popularity, and erase users.
+
+        Args:
+            decoded: each with its tombstones behind its events (`EventBatch.cut`).
+
+        Returns:
+            What events touched, and what was erased and not touched after.
+        """
         keys = [
             [UserKey(event.user_id, event.surface) for event in batch.events] for batch in decoded
         ]
-        histories = self._histories.load(key for own in keys for key in own)
+        histories = self._histories.load(
+            chain(
+                chain.from_iterable(keys),
+                *(keys_of(one.user_id) for batch in decoded for one in batch.tombstones),
+            )
+        )
         touched: dict[UserKey, Touched] = {}
+        emptied: set[UserKey] = set()
         outcomes: Counter[tuple[Surface, str, str]] = Counter()
         # Taken once: a swap in between must not mix two trials.
         serving = {surface: self._models.serving(surface) for surface in Surface}
@@ -195,9 +227,42 @@ class Processor:
             for surface, events in counted.items():
                 place = PartitionKey(surface, batch.records.topic, batch.records.partition)
                 self._table(place).add(events)
+            for tombstone in batch.tombstones:
+                emptied.update(self._forget_user(tombstone, histories, touched))
+                made.forgotten.append(tombstone)
         for labels, count in outcomes.items():
             self._metrics.events.labels(*labels).inc(count)
-        return touched
+        return touched, emptied - touched.keys()
+
+    def _forget_user(
+        self,
+        tombstone: Tombstone,
+        histories: dict[UserKey, History],
+        touched: dict[UserKey, Touched],
+    ) -> list[UserKey]:
+        """Erase a user from `histories` and `touched`; returns what was erased.
+
+        A repeat that comes after later events of the user leaves them.
+        """
+        emptied = []
+        anew = False
+        for key in keys_of(tombstone.user_id):
+            before = histories[key]
+            after = erased(before, tombstone)
+            if after is None:
+                continue
+            anew = anew or before.applied != after.applied
+            histories[key] = after
+            self._histories.put(key, after)
+            touched.pop(key, None)
+            emptied.append(key)
+        if anew:
+            self._metrics.forgotten_users.inc()
+            log.info(
+                "user_forgotten topic=%s partition=%d offset=%d",
+                tombstone.topic, tombstone.partition, tombstone.offset,
+            )  # fmt: skip
+        return emptied
 
     def _table(self, place: PartitionKey) -> PopularityTable:
         table = self._popularity.get(place)
@@ -301,11 +366,16 @@ class Processor:
     # -- Redis
 
     def _write(
-        self, touched: dict[UserKey, Touched], lists: dict[UserKey, Recommendations], made: Made
+        self,
+        touched: dict[UserKey, Touched],
+        emptied: set[UserKey],
+        lists: dict[UserKey, Recommendations],
+        made: Made,
     ) -> None:
-        """Write histories, lists, popularity and cold items."""
+        """Write histories, lists, popularity and cold items; remove what was erased."""
         encoded = {key: encode(one) for key, one in lists.items()}
         histories = self._histories.stored(touched)
+        forgotten = self._histories.stored(emptied)
         popularity = {
             place: table.copy_changes()
             for place, table in self._popularity.items()
@@ -315,6 +385,7 @@ class Processor:
             "write_batch",
             lambda: self._cache.write_batch(
                 histories=histories,
+                forgotten=forgotten,
                 recommendations=encoded,
                 popularity=popularity,
                 cold_items=made.cold_items,

@@ -78,6 +78,12 @@ class Settings(BaseSettings):
         90 * 86400, ge=1, description="Histories expire this long after the user's last event."
     )
 
+    forget_ttl_s: int = Field(
+        86400,
+        ge=1,
+        description="An erased user's empty history, which refuses late writes, expires then.",
+    )
+
     # Model
     registry: str = Field(
         "models/shipped",

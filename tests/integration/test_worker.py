@@ -62,7 +62,7 @@ def test_bad_records_go_to_the_dead_letter_topic_and_the_stream_goes_on(world: W
     bad = [
         (b"ann", b"{"),
         (b"ann", b'{"user_id":"\xff"}'),
-        (b"ann", None),
+        (b"ann", b""),
         event("ann", "i", event_type="poke"),
         (b"somebody", event("ann", "i")[1]),
         event("ann", "i" * 300),

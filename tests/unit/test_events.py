@@ -52,7 +52,6 @@ def test_unknown_fields_are_ignored_and_optional_ones_kept() -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, Reason.EMPTY),
         (b"", Reason.EMPTY),
         (b"{", Reason.NOT_JSON),
         (b"[" * 1900, Reason.WRONG_TYPE),
