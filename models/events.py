@@ -232,7 +232,10 @@ class EventLog:
 
     def _why_empty(self, name: str, count: int) -> str:
         if count:
-            return f"every event of {name} is hidden, forgotten or cut off by the limit: give more events"
+            return (
+                f"every event of {name} is hidden, forgotten or cut off by the limit: give more"
+                " events"
+            )
         if self.elsewhere:
             return (
                 f"{name} holds {self.elsewhere} events, all of other surfaces: give the surface"
