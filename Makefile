@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test lint format bench profile soak swaps train lock clean
+.PHONY: help setup demo test faults lint format bench profile soak swaps train lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -32,6 +32,9 @@ demo: $(STAMP) ## Replay real events through broker, worker and Redis on this ma
 
 test: $(STAMP) ## Run all tests (ARGS="-k name" to select)
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP) ## The fault matrix on Apache Kafka and Redis (ARGS="--only zombie", ARGS=--mutations)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,16 @@ class World:
             **{f"STREAMREC_{name.upper()}": value for name, value in settings.items()},
         }
 
-    def worker(self, **settings: str) -> WorkerProcess:
-        """A worker, not yet started."""
-        return WorkerProcess(self, settings)
+    def worker(
+        self, *, module: str = "worker.cli", env: Mapping[str, str] | None = None, **settings: str
+    ) -> WorkerProcess:
+        """A worker, not yet started.
+
+        Args:
+            module: what runs it: the command line, or something around it.
+            env: environment beside the settings.
+        """
+        return WorkerProcess(self, settings, module, env)
 
     def send(self, records: Iterable[tuple[bytes | None, bytes | None]]) -> None:
         """Write key and value of each record, in order, and wait for all."""
@@ -113,12 +120,18 @@ class World:
 class WorkerProcess:
     """`streamrec worker` as a process."""
 
-    def __init__(self, world: World, settings: dict[str, str]) -> None:
+    def __init__(
+        self,
+        world: World,
+        settings: Mapping[str, str],
+        module: str = "worker.cli",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         number = uuid.uuid4().hex[:6]
         self.process = ManagedProcess(
             "the worker under test",
-            [sys.executable, "-m", "worker.cli", "worker"],
+            [sys.executable, "-m", module, "worker"],
             log_path=world.directory / f"worker-{number}.log",
             ready=lambda: self.get("/readyz")[0] == 200,
             stop_s=30.0,
@@ -126,6 +139,7 @@ class WorkerProcess:
                 **world.environment,
                 "STREAMREC_HTTP_PORT": str(self.port),
                 **{f"STREAMREC_{name.upper()}": value for name, value in settings.items()},
+                **(env or {}),
             },
         )
 

@@ -99,16 +99,21 @@ class ManagedProcess:
                 )
             time.sleep(0.05)
 
-    def stop(self) -> None:
-        """SIGTERM, then SIGKILL after `stop_s`."""
+    def stop(self) -> int | None:
+        """SIGTERM, then SIGKILL after `stop_s`.
+
+        Returns:
+            Its exit code, or the number of the signal that ended it; None where it was not started.
+        """
         if self._watcher is None:
-            return
+            return None
         assert self._watcher.stdin is not None and self._watcher.stdout is not None
         self._watcher.stdin.close()
-        self._watcher.wait(self._stop_s + 5.0)
+        code = self._watcher.wait(self._stop_s + 5.0)
         self._watcher.stdout.close()
         self._watcher = None
         self.pid = None
+        return code
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""

@@ -1,0 +1,84 @@
+"""`make faults`: run the matrix, print it as it goes, write it down.
+
+python -m tests.faults [--only NAME ...] [--mutations] [--list]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults.cells import CELLS
+from tests.faults.harness import Parts, Result, as_json, run_cell
+from worker.local.kafka import KafkaBroker, kafka_missing
+
+
+def main() -> int:
+    """Returns 0 where every cell is green (or, with mutations, red)."""
+    options = _parser().parse_args()
+    chosen = [
+        cell
+        for cell in CELLS
+        if not options.only or any(name in cell.name for name in options.only)
+    ]
+    if options.list:
+        _say("\n".join(f"{cell.name:<24} {cell.fault}" for cell in chosen))
+        return 0
+    missing = kafka_missing()
+    if missing is not None:
+        _say(f"the matrix needs a real Kafka, and {missing} is missing")
+        return 69
+    results: list[Result] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="streamrec-faults-") as folder,
+        KafkaBroker(Path(folder) / "kafka") as broker,
+    ):
+        assert isinstance(broker, KafkaBroker)
+        for cell in chosen:
+            mutation = cell.mutation if options.mutations else None
+            result = run_cell(cell, Parts(broker), Path(folder) / cell.name, mutation=mutation)
+            results.append(result)
+            _say(_line(result))
+            for failure in result.failures()[:8]:
+                _say(f"    {failure}")
+    target = Path("build") / ("faults-mutations.json" if options.mutations else "faults.json")
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(as_json(results))
+    return int(any(result.green == options.mutations for result in results))
+
+
+def _line(result: Result) -> str:
+    verdict = result.verdict
+    if verdict is None:
+        return f"{result.cell:<24} no evidence"
+    return (
+        f"{result.cell:<24} {'green' if result.green else 'RED':<6} {verdict.events:>6} events"
+        f" {verdict.dead_letters:>4} dead letters {verdict.repeats:>5} repeats"
+        f" {verdict.lost:>4} lost  recovered after {_s(result.recovery_s)}, gap"
+        f" {_s(result.commit_gap_s)}, took {result.took_s:.0f} s"
+    )
+
+
+def _s(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="cells by part of name"
+    )
+    parser.add_argument("--mutations", action="store_true", help="break the worker in each cell")
+    parser.add_argument("--list", action="store_true", help="list the cells")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
