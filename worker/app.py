@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from worker.cache import REDIS_FAILURES, Cache
 from worker.decider import Decider
 from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, batch_consumer
+from worker.memory import room
 from worker.metrics import Metrics
 from worker.models import Models
 from worker.outbox import LARGEST_BATCH_BYTES, Outbox
+from worker.partition_ages import PartitionAges
 from worker.pipeline import KAFKA_FAILURES, Pipeline
 from worker.processor import Processor
 from worker.registry import open_registry
@@ -68,7 +71,11 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
         SettingsError: the rules file is.
     """
     metrics = Metrics()
+    metrics.start_at_zero(settings.models_by_surface)
     health = Health(stall_timeout_s=settings.stall_timeout_s)
+    metrics.ready.set_function(lambda: float(not health.not_ready()))
+    metrics.memory_available_bytes.set_function(lambda: _room_or_nan()[0])
+    metrics.memory_limit_bytes.set_function(lambda: _room_or_nan()[1])
     registry = open_registry(settings.registry, settings.registry_mirror_dir)
     budget_mb = settings.model_memory_mb
     models = Models(
@@ -129,7 +136,7 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
     def on_change(assigned: frozenset[TP]) -> None:
         health.assigned = sum(1 for tp in assigned if tp.topic == settings.events_topic)
         metrics.assigned_partitions.set(health.assigned)
-        for gauge in (metrics.consumer_lag, metrics.commit_age_seconds):
+        for gauge in (metrics.consumer_lag, metrics.lag_seconds, metrics.commit_age_seconds):
             gauge.clear()
         if assigned:
             metrics.rebalances.inc()
@@ -184,8 +191,7 @@ class Background(mode.Service):
         super().__init__()
         self._app = app
         self._settings = app.settings
-        #: Since when a partition has had finished offsets to commit, in `time.monotonic()`.
-        self._uncommitted_since: dict[TP, float] = {}
+        self._ages: PartitionAges[TP] = PartitionAges()
 
     @mode.Service.task
     async def _run_pipeline(self) -> None:
@@ -246,6 +252,9 @@ class Background(mode.Service):
             except REDIS_FAILURES:
                 health.redis_ready = False
             kafka_answers = await self._watch_partitions()
+            up = self._app.metrics.dependency_up
+            up.labels("redis").set(health.redis_ready)
+            up.labels("kafka").set(kafka_answers)
             # A restart brings neither back; the worker holds on to what it has read and retries.
             health.waiting_for = (
                 "Redis" if not health.redis_ready else None if kafka_answers else "Kafka"
@@ -263,23 +272,20 @@ class Background(mode.Service):
         try:
             # The broker's own answer: a consumer that has stopped fetching knows no newer one.
             ends = await asyncio.wait_for(consumer.highwaters(*assigned), 5.0)
-            unread = 0
-            for tp in assigned:
-                end = ends[tp]
-                consumer.end_offsets[tp] = end
-                unread += max(0, end - (await asyncio.wait_for(consumer.position(tp), 5.0) or 0))
+            positions = {
+                tp: await asyncio.wait_for(consumer.position(tp), 5.0) or 0 for tp in assigned
+            }
         except Exception as error:  # the group may have moved on in between
             log.warning("offsets_unknown error=%r", error)
             return False
-        now = time.monotonic()
-        committable = consumer.tracker.committable()
-        for tp, lag in consumer.lag().items():
-            labels = (tp.topic, str(tp.partition))
-            app.metrics.consumer_lag.labels(*labels).set(lag)
-            if tp not in committable:
-                self._uncommitted_since.pop(tp, None)
-            since = self._uncommitted_since.setdefault(tp, now) if tp in committable else now
-            app.metrics.commit_age_seconds.labels(*labels).set(now - since)
+        if app.rebalancing:
+            return True
+        now, unread = time.monotonic(), 0
+        self._ages.keep(assigned)
+        for tp in consumer.assignment() & set(assigned):
+            consumer.end_offsets[tp] = ends[tp]
+            unread += max(0, ends[tp] - positions[tp])
+            self._export_partition(tp, ends[tp], positions[tp], now)
         app.metrics.in_flight.set(consumer.tracker.in_flight)
         health.progress_at = consumer.progress_at
         # Unread events count as waiting only while nothing is in flight: under backpressure they
@@ -288,3 +294,31 @@ class Background(mode.Service):
         if not health.waiting_events:
             consumer.progress_at = now
         return True
+
+    def _export_partition(self, tp: TP, end: int, position: int, now: float) -> None:
+        """Lag and ages of a partition.
+
+        Args:
+            end: next offset that the broker would write.
+            position: next offset that would be read.
+        """
+        metrics, consumer = self._app.metrics, batch_consumer(self._app)
+        labels = tp.topic, str(tp.partition)
+        # Where nothing was read yet, what would be read next is what is finished.
+        finished = consumer.tracker.positions().get(tp, position)
+        lag = max(0, end - finished)
+        metrics.consumer_lag.labels(*labels).set(lag)
+        behind_s = self._ages.behind_s(tp, lag, now)
+        oldest_s = consumer.oldest_unfinished_s(tp)
+        if oldest_s is not None:
+            behind_s = max(0.0, time.time() - oldest_s)
+        metrics.lag_seconds.labels(*labels).set(behind_s)
+        committed = consumer.tracker.committed_positions().get(tp, finished)
+        metrics.commit_age_seconds.labels(*labels).set(
+            self._ages.uncommitted_s(tp, finished, committed, now)
+        )
+
+
+def _room_or_nan() -> tuple[float, float]:
+    """Bytes left and in all, as `memory.room` has them."""
+    return room() or (nan, nan)

@@ -90,6 +90,10 @@ class OffsetTracker(Generic[P]):
         """Start of the first unfinished offset per partition."""
         return dict(self._position)
 
+    def committed_positions(self) -> dict[P, int]:
+        """Next offset that the group would read, per partition."""
+        return dict(self._committed)
+
     def unfinished(self) -> list[P]:
         """Partitions with a span in flight."""
         return [partition for partition, spans in self._spans.items() if spans]

@@ -42,6 +42,12 @@ class Verdict(StrEnum):
     UNHEALTHY = "unhealthy"
 
 
+#: Those that end a trial by a rollback.
+ROLLBACK_VERDICTS = (
+    Verdict.REFUSED, Verdict.ERRORS, Verdict.LATENCY, Verdict.QUALITY, Verdict.UNDECIDED,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class GateSettings:
     """What is accepted, and how surely.

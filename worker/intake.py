@@ -61,6 +61,12 @@ class RecordBatch:
     _started: bool = False
     _abandoned: bool = False
 
+    @property
+    def oldest_s(self) -> float | None:
+        """Unix time of its first record in Kafka; None where that has none."""
+        timestamp_ms = self.records.timestamps_ms[0]
+        return timestamp_ms / 1000.0 if timestamp_ms >= 0 else None
+
     def start(self) -> bool:
         """Whether the batch is still ours to work on."""
         self._started = not self._abandoned
@@ -223,12 +229,10 @@ class BatchConsumer(driver.Consumer):
         self.progress_at = time.monotonic()
         self._changed.set()
 
-    def lag(self) -> dict[TP, int]:
-        """Events on the broker and not yet finished, per assigned partition, as last seen."""
-        lags = {}
-        for tp, position in self.tracker.positions().items():
-            lags[tp] = max(0, self.end_offsets.get(tp, position) - position)
-        return lags
+    def oldest_unfinished_s(self, tp: TP) -> float | None:
+        """Unix time, in Kafka, of the oldest event in flight; None where none is, or has none."""
+        batches = self._batches.get(tp)
+        return batches[0].oldest_s if batches else None
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
         return (

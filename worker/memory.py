@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from worker.errors import BundleError, Refusal
 from worker.manifest import ITEMS_FILE, MODEL_FILE, TEXT_FILE, Manifest
@@ -59,23 +60,37 @@ def check_budget(manifest: Manifest, budget_bytes: int, *, rows: int) -> None:
         )
 
 
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory in bytes that this process can still take: the least that the machine and each of its
-    control groups (version 1 or 2) leave. None where the system does not say.
+class Room(NamedTuple):
+    """Memory of whatever bounds this process the closest, in bytes."""
+
+    left: int
+    limit: int
+
+
+def room(root: Path = Path("/")) -> Room | None:
+    """What the machine and each control group (version 1 or 2) of this process leave it: the one
+    that leaves least. None where the system does not say.
 
     Cached files count as free, since they give way.
 
     Args:
         root: where `proc` and `sys` lie.
     """
-    left = [*_left_by_groups(root)]
-    machine = _table(root / "proc/meminfo").get("MemAvailable:")
-    if machine is not None:
-        left.append(machine * 1024)
-    return max(0, min(left)) if left else None
+    rooms = [*_groups(root)]
+    machine = _table(root / "proc/meminfo")
+    if "MemAvailable:" in machine:
+        left = machine["MemAvailable:"]
+        rooms.append(Room(left * 1024, machine.get("MemTotal:", left) * 1024))
+    return min(rooms) if rooms else None
 
 
-def _left_by_groups(root: Path) -> Iterator[int]:
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory in bytes that this process can still take; None where the system does not say."""
+    found = room(root)
+    return None if found is None else found.left
+
+
+def _groups(root: Path) -> Iterator[Room]:
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if not controllers:
@@ -92,7 +107,7 @@ def _left_by_groups(root: Path) -> Iterator[int]:
             if most.isdigit() and now.isdigit():
                 stat = _table(directory / "memory.stat")
                 cached = stat.get("inactive_file", stat.get("total_inactive_file", 0))
-                yield int(most) - int(now) + cached
+                yield Room(max(0, int(most) - int(now) + cached), int(most))
             if directory == top:
                 break
 

@@ -19,6 +19,10 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from worker.errors import Refusal
+from worker.events import Reason, Surface
+from worker.gate import ROLLBACK_VERDICTS, Verdict
+
 #: Seconds, from 100 microseconds (one decoded batch) to 10 s (an outage felt).
 STAGE_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
@@ -26,6 +30,10 @@ STAGE_BUCKETS = (
 )  # fmt: skip
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 OVERLAP_BUCKETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+#: Seconds from 10 milliseconds to an hour: how late lists are when a worker catches up.
+FRESHNESS_BUCKETS = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0,
+)  # fmt: skip
 SWAP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -36,7 +44,13 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        self._declare_stream(registry)
+        self._declare_lists(registry)
+        self._declare_models(registry)
+        self._declare_trials(registry)
 
+    def _declare_stream(self, registry: CollectorRegistry) -> None:
+        """Events, offsets, dependencies and memory."""
         self.events = Counter(
             "streamrec_events",
             "Events by what became of them (applied, duplicate, late, failed).",
@@ -85,6 +99,32 @@ class Metrics:
             STAGE_BUCKETS,
         )
         registry.register(self.cached_seconds)
+        self.freshness_seconds = BulkHistogram(
+            "streamrec_freshness_seconds",
+            "From an event's time in Kafka to its recommendation being in Redis; events of one read"
+            " count as late as the oldest.",
+            FRESHNESS_BUCKETS,
+        )
+        registry.register(self.freshness_seconds)
+        self.ready = Gauge(
+            "streamrec_ready", "1 while /readyz says that this worker is ready.", registry=registry
+        )
+        self.dependency_up = Gauge(
+            "streamrec_dependency_up",
+            "1 while Kafka or Redis answers this worker, asked every second.",
+            ["dependency"],
+            registry=registry,
+        )
+        self.memory_limit_bytes = Gauge(
+            "streamrec_memory_limit_bytes",
+            "Memory that the container, or else the machine, may take.",
+            registry=registry,
+        )
+        self.memory_available_bytes = Gauge(
+            "streamrec_memory_available_bytes",
+            "What is left of it; cached files count as left.",
+            registry=registry,
+        )
         self.busy_seconds = Gauge(
             "streamrec_busy_seconds",
             "From the first event read to the last one finished, in this process.",
@@ -99,9 +139,16 @@ class Metrics:
             ["topic", "partition"],
             registry=registry,
         )
+        self.lag_seconds = Gauge(
+            "streamrec_lag_seconds",
+            "Age of the oldest event that is not yet finished: by its time in Kafka once it is"
+            " read, by how long the partition has been behind before; 0 without lag.",
+            ["topic", "partition"],
+            registry=registry,
+        )
         self.commit_age_seconds = Gauge(
             "streamrec_commit_age_seconds",
-            "Time since the partition had nothing left to commit.",
+            "Time that the oldest finished event has waited to be committed; 0 where none waits.",
             ["topic", "partition"],
             registry=registry,
         )
@@ -122,11 +169,21 @@ class Metrics:
             ["operation"],
             registry=registry,
         )
+        self.redis_seconds = Histogram(
+            "streamrec_redis_seconds",
+            "Time of the round trip to Redis of one batch, by operation; failed ones included.",
+            ["operation"],
+            buckets=STAGE_BUCKETS,
+            registry=registry,
+        )
         self.produce_errors = Counter(
             "streamrec_produce_errors",
             "Failed writes to Kafka; each is retried.",
             registry=registry,
         )
+
+    def _declare_lists(self, registry: CollectorRegistry) -> None:
+        """Recommendation lists, and the histories that they are made from."""
         self.inference_errors = Counter(
             "streamrec_inference_errors",
             "Batches that a model failed on; another version, or the fallback, served them.",
@@ -171,6 +228,9 @@ class Metrics:
             ["found"],
             registry=registry,
         )
+
+    def _declare_models(self, registry: CollectorRegistry) -> None:
+        """What serves, and how it came to."""
         self.model_info = Gauge(
             "streamrec_model_info",
             "1 for each model in memory, with its role (stable, canary, shadow).",
@@ -207,10 +267,23 @@ class Metrics:
             ["surface"],
             registry=registry,
         )
+        self.swap_seconds = Histogram(
+            "streamrec_model_swap_seconds",
+            "Time of a model swap by phase (load, switch).",
+            ["phase"],
+            buckets=SWAP_BUCKETS,
+            registry=registry,
+        )
         self.refused_bundles = Counter(
             "streamrec_refused_bundles",
             "Bundles that were not loaded, by reason (docs/bundle.md).",
             ["surface", "reason"],
+            registry=registry,
+        )
+        self.release_followed = Gauge(
+            "streamrec_release_followed",
+            "1 while this worker serves what the registry wants served, 0 while it cannot.",
+            ["surface"],
             registry=registry,
         )
         self.release_revision = Gauge(
@@ -219,6 +292,9 @@ class Metrics:
             ["surface"],
             registry=registry,
         )
+
+    def _declare_trials(self, registry: CollectorRegistry) -> None:
+        """What users did with the lists of each version, and what the gate made of it."""
         self.canary_share = Gauge(
             "streamrec_canary_share",
             "Share of users that a canary serves.",
@@ -294,13 +370,26 @@ class Metrics:
             ["surface", "action", "reason"],
             registry=registry,
         )
-        self.swap_seconds = Histogram(
-            "streamrec_model_swap_seconds",
-            "Time of a model swap by phase (load, switch).",
-            ["phase"],
-            buckets=SWAP_BUCKETS,
-            registry=registry,
-        )
+
+    def start_at_zero(self, surfaces: Iterable[Surface]) -> None:
+        """Export the counters that alerts watch before anything happens.
+
+        A counter that appears with its first event appears as 1: to `increase()` nothing happened.
+
+        Args:
+            surfaces: those that have a model.
+        """
+        for letter in Reason:
+            self.dead_letters.labels(letter.value)
+        for result in ("ok", "failed"):
+            self.commits.labels(result)
+        for surface in surfaces:
+            self.swaps.labels(surface.value)
+            for refusal in Refusal:
+                self.refused_bundles.labels(surface.value, refusal.value)
+            self.decisions.labels(surface.value, "promote", Verdict.NOT_WORSE.value)
+            for verdict in ROLLBACK_VERDICTS:
+                self.decisions.labels(surface.value, "rollback", verdict.value)
 
 
 class BulkHistogram(Collector):

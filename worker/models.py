@@ -183,8 +183,10 @@ class Models:
                 serving = await loop.run_in_executor(self._loader, self._loaded, surface, choice)
             except StreamrecError as error:
                 self._complain(surface, "release_not_followed", str(error))
+                self._metrics.release_followed.labels(surface.value).set(0)
                 continue
             self._complain(surface, "release_not_followed", None)
+            self._metrics.release_followed.labels(surface.value).set(1)
             if serving == self._serving.get(surface):
                 continue
             loaded = time.perf_counter()
@@ -339,6 +341,7 @@ class Models:
         before = self._serving.get(surface)
         self._serving[surface] = serving
         metrics = self._metrics
+        metrics.release_followed.labels(surface.value).set(1)
         metrics.release_revision.labels(surface.value).set(serving.revision)
         metrics.canary_share.labels(surface.value).set(
             serving.share if serving.role == "canary" else 0.0
@@ -363,6 +366,8 @@ class Models:
             metrics.model_file_bytes.labels(surface.value, manifest.version).set(
                 sum(file.bytes for file in manifest.files.values())
             )
+            # An alert watches it: it must be there before the first error.
+            metrics.inference_errors.labels(surface.value, manifest.reference)
         created = serving.stable.manifest.created().timestamp()
         metrics.model_created_seconds.labels(surface.value).set(created)
         metrics.model_age_seconds.labels(surface.value).set_function(

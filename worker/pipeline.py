@@ -87,9 +87,12 @@ class Pipeline:
                 continue
             records = [batch.records for batch in batches]
             made = await loop.run_in_executor(thread, self._processor.process, records)
-            now = time.monotonic()
+            now, now_s = time.monotonic(), time.time()
             for batch in batches:
-                self._metrics.cached_seconds.observe(now - batch.read_at, len(batch.records))
+                count, oldest_s = len(batch.records), batch.oldest_s
+                self._metrics.cached_seconds.observe(now - batch.read_at, count)
+                if oldest_s is not None:
+                    self._metrics.freshness_seconds.observe(max(0.0, now_s - oldest_s), count)
             self._processed.put_nowait(Processed(batches, made))
 
     async def _publish_stage(self) -> None:

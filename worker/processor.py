@@ -400,8 +400,14 @@ class Processor:
         return self._redis("read_users", lambda: self._cache.read_users(keys))
 
     def _redis(self, name: str, operation: Callable[[], T]) -> T:
+        seconds = self._metrics.redis_seconds.labels(name)
+
+        def timed() -> T:
+            with seconds.time():
+                return operation()
+
         return until_it_works_or_stops(
-            operation,
+            timed,
             name=name,
             failures=REDIS_FAILURES,
             stopping=self._stopping,

@@ -54,6 +54,16 @@ def test_events_become_recommendations_in_redis_and_on_the_topic(
         published = [json.loads(record.value) for record in world.read(world.recommendations)]
         assert cached in published
         assert worker.get("/livez")[0] == 200
+        assert worker.metric("streamrec_ready") == 1
+        assert worker.metric('streamrec_dependency_up{dependency="kafka"}') == 1
+        assert worker.metric("streamrec_freshness_seconds_count") == 4
+        assert 0 < worker.metric("streamrec_freshness_seconds_sum") < 4 * 60
+        assert worker.metric('streamrec_redis_seconds_count{operation="write_batch"}') >= 1
+        assert (
+            0
+            < worker.metric("streamrec_memory_available_bytes")
+            <= worker.metric("streamrec_memory_limit_bytes")
+        )
     # Stopped in order: everything that was finished is committed.
     assert sum(world.committed().values()) == 4
 

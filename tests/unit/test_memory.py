@@ -12,7 +12,14 @@ from worker.bundle import open_bundle
 from worker.bundle_files import read_manifest
 from worker.errors import BundleError, Refusal
 from worker.manifest import FileSpec, Manifest
-from worker.memory import available_bytes, check_budget, expected_bytes, release_memory
+from worker.memory import (
+    Room,
+    available_bytes,
+    check_budget,
+    expected_bytes,
+    release_memory,
+    room,
+)
 from worker.metrics import resident_bytes
 
 MIB = 1 << 20
@@ -31,6 +38,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8192 kB\n"}
 
 def test_without_control_groups_what_the_machine_has_is_available(tmp_path: Path) -> None:
     assert available_bytes(put(tmp_path, MEMINFO)) == 8 * MIB
+    assert room(tmp_path) == Room(8 * MIB, 9000 * 1024)
 
 
 def test_where_the_system_says_nothing_nothing_is_known(tmp_path: Path) -> None:
@@ -51,6 +59,7 @@ def test_the_tightest_of_nested_groups_counts_and_cached_files_are_free(tmp_path
     files |= group("sys/fs/cgroup/pod/box", "max\n", 3 * MIB)
     files |= group("sys/fs/cgroup/pod", f"{6 * MIB}\n", 4 * MIB, cached=MIB)
     assert available_bytes(put(tmp_path, files)) == 3 * MIB
+    assert room(tmp_path) == Room(3 * MIB, 6 * MIB)
 
 
 def test_in_a_container_the_group_at_the_top_is_its_own(tmp_path: Path) -> None:
