@@ -251,7 +251,7 @@ class Background(mode.Service):
                 health.redis_ready = True
             except REDIS_FAILURES:
                 health.redis_ready = False
-            kafka_answers = await self._watch_partitions()
+            health.kafka_answers = kafka_answers = await self._watch_partitions()
             up = self._app.metrics.dependency_up
             up.labels("redis").set(health.redis_ready)
             up.labels("kafka").set(kafka_answers)

@@ -63,6 +63,8 @@ class Decider:
         self._metrics = metrics
         self._kafka_failures = kafka_failures
         self._by = f"gate@{socket.gethostname()}"
+        #: What the gate last said of each surface's trial, for the status page.
+        self.latest: dict[Surface, Decision] = {}
         #: Trial of each surface whose figures are exported.
         self._exported: dict[Surface, int] = {}
 
@@ -95,6 +97,7 @@ class Decider:
         """Export nothing: another worker decides."""
         self._metrics.live_quality.clear()
         self._metrics.trial_evidence.clear()
+        self.latest.clear()
 
     async def _tally(self, serving: Serving) -> PartitionTally:
         topic = self._settings.events_topic
@@ -118,6 +121,7 @@ class Decider:
         decision = decide(tally.evidence(), self._settings.gate)
         for figure, value in decision.figures.items():
             self._metrics.trial_evidence.labels(serving.surface.value, figure).set(value)
+        self.latest[serving.surface] = decision
         return None if decision.action == "wait" else decision
 
     async def _carry_out(

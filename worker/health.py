@@ -1,5 +1,5 @@
-"""Is the worker alive and ready; `/metrics`; `/model`: what serves. Served by a thread of its own,
-so that it answers while the event loop is stuck, and can say so.
+"""Is the worker alive and ready; `/metrics`; `/model`: what serves; pages for people. Served by
+threads of their own, so that they answer while the event loop is stuck, and can say so.
 
 `/livez` watches progress, not existence: Faust's known way to die is to stop consuming while the
 process looks well (faust-streaming/faust#175). With events waiting and none finished for
@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from worker.errors import SettingsError
+from worker.status_page import CONTENT_SECURITY_POLICY
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Health:
     assigned: int = 0
     models_ready: bool = False
     redis_ready: bool = False
+    kafka_answers: bool = False
 
     def stalled(self, now: float) -> str | None:
         """Why the worker counts as dead; None while it does not."""
@@ -72,10 +74,11 @@ class Health:
 
 
 class HealthServer:
-    """Serves `/livez`, `/readyz`, `/metrics` and `/model`, read-only.
+    """Serves `/livez`, `/readyz`, `/metrics`, `/model` and pages, read-only.
 
     Args:
         describe: what `/model` answers, as builtins.
+        pages: makes the HTML of a path from its query.
 
     Raises:
         SettingsError: the address cannot be bound.
@@ -86,11 +89,14 @@ class HealthServer:
         health: Health,
         registry: CollectorRegistry,
         describe: Callable[[], object],
+        pages: Mapping[str, Callable[[str], str]],
         host: str,
         port: int,
     ) -> None:
         try:
-            self._server = ThreadingHTTPServer((host, port), _handler(health, registry, describe))
+            self._server = ThreadingHTTPServer(
+                (host, port), _handler(health, registry, describe, pages)
+            )
         except OSError as error:
             raise SettingsError(
                 f"STREAMREC_HTTP_HOST, STREAMREC_HTTP_PORT: cannot listen on {host}:{port}:"
@@ -134,15 +140,20 @@ def watch(health: Health, stopping: threading.Event) -> None:
 
 
 def _handler(
-    health: Health, registry: CollectorRegistry, describe: Callable[[], object]
+    health: Health,
+    registry: CollectorRegistry,
+    describe: Callable[[], object],
+    pages: Mapping[str, Callable[[str], str]],
 ) -> type[BaseHTTPRequestHandler]:
+    known = ["/metrics", "/model", "/livez", "/readyz", *pages]
+
     class Handler(BaseHTTPRequestHandler):
         server_version = "streamrec"
         sys_version = ""
         timeout = 10
 
         def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
+            path, _, query = self.path.partition("?")
             if path == "/metrics":
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
             elif path == "/model":
@@ -153,8 +164,10 @@ def _handler(
             elif path == "/readyz":
                 missing = health.not_ready()
                 self._status(503 if missing else 200, missing)
+            elif path in pages:
+                self._answer(200, "text/html; charset=utf-8", pages[path](query).encode())
             else:
-                self._status(404, ["known paths: /metrics, /model, /livez, /readyz"])
+                self._status(404, [f"known paths: {', '.join(known)}"])
 
         def _status(self, code: int, problems: list[str]) -> None:
             body = json.dumps({"ok": code == 200, "problems": problems}).encode() + b"\n"
@@ -164,6 +177,11 @@ def _handler(
             self.send_response(code)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
+            # Of all answers: none may be more in a browser than what it shows.
+            self.send_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Referrer-Policy", "no-referrer")
+            self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(body)
 

@@ -200,6 +200,18 @@ class Models:
             surface.value: self._described(serving) for surface, serving in self._serving.items()
         }
 
+    def refused(self) -> dict[str, str]:
+        """Why versions could not be loaded under the releases that serve, by `name@version`."""
+        current = {
+            (serving.stable.manifest.name, serving.revision)
+            for serving in dict(self._serving).values()
+        }
+        return {
+            f"{model}@{version}": reason
+            for (model, version, revision), (reason, _) in dict(self._refused).items()
+            if (model, revision) in current
+        }
+
     def _described(self, serving: Serving) -> dict[str, object]:
         name = serving.stable.manifest.name
         described: dict[str, object] = {"model": name, "revision": serving.revision}

@@ -17,6 +17,7 @@ from worker.logs import set_up_logging
 from worker.memory import keep_large_blocks_apart
 from worker.settings import Settings
 from worker.startup import prepare
+from worker.status import Status
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,24 @@ def run_worker(settings: Settings) -> int:
     # What is there now stays: full collections need not look at it again and again.
     gc.collect()
     gc.freeze()
+    status = Status(
+        settings,
+        health=app.health,
+        metrics=app.metrics,
+        models=app.models,
+        decider=app.decider,
+    )
     server = HealthServer(
         app.health,
         app.metrics.registry,
         app.models.describe,
+        {"/": status.page, "/settings": status.settings},
         settings.http_host,
         settings.http_port,
     )
     server.start()
     stopping = threading.Event()
+    status.watch(stopping)
     watch(app.health, stopping)
     log.info("started http=%s:%d kafka=%s", settings.http_host, server.port, settings.kafka)
     runner = faust.Worker(

@@ -223,7 +223,8 @@ class Settings(BaseSettings):
 
     # Operation
     http_host: str = Field(
-        "127.0.0.1", description="Address for /metrics, /livez, /readyz (0.0.0.0 in a pod)."
+        "127.0.0.1",
+        description="Address for /metrics, /livez, /readyz, the status page / (0.0.0.0 in a pod).",
     )
     http_port: int = Field(8080, ge=0, le=65535, description="Port for it; 0 takes a free one.")
     stall_timeout_s: float = Field(
