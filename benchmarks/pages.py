@@ -23,6 +23,7 @@ from benchmarks.results import (
 )
 from benchmarks.scale import ScaleResults, scale_table
 from benchmarks.soak import SoakResults, soak_report
+from benchmarks.swaps import SwapMemoryResults, SwapResults, load_report, memory_report
 from benchmarks.trials import Outcome, trials_table
 from models.files import write_whole
 
@@ -45,7 +46,9 @@ def blocks(path: Path) -> Mapping[str, Callable[[], str]]:
         "warnings": compared(_warnings),
         "capacity": compared(lambda found: as_markdown(capacity_table(found))),
         "scale": lambda: as_markdown(scale_table(load(path, "scale", ScaleResults))),
-        "soak": lambda: f"```\n{soak_report(load(path, 'soak', SoakResults))}\n```",
+        "soak": lambda: _quoted(soak_report(load(path, "soak", SoakResults))),
+        "swaps": lambda: _quoted(load_report(load(path, "swaps", SwapResults))),
+        "swap-memory": lambda: _quoted(memory_report(load(path, "swap-memory", SwapMemoryResults))),
         "trials": lambda: as_markdown(trials_table(load(path, "trials", list[Outcome]))),
     }
 
@@ -87,6 +90,10 @@ def _machine(results: Results) -> str:
         f" {results.workload['users']:,} users, histories of {results.workload['history']};"
         f" {len(results.rounds)} rounds, {results.started_at}. {versions}."
     )
+
+
+def _quoted(report: str) -> str:
+    return f"```\n{report}\n```"
 
 
 def _list(cpus: list[int]) -> str:
