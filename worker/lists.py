@@ -146,19 +146,21 @@ class ListMaker:
         by_stable, by_rival = _listings(stable, ours.ranked), _listings(rival, theirs.ranked)
         # An empty list is none: a model of few items has nothing left for those who saw them.
         by_rival = {at: one for at, one in by_rival.items() if one.items}
+        failed = len(by_rival) < sum(bool(one.items) for one in by_stable.values()) / 2
+        # Where it ranked others, a user whom it has nothing for counts as one with an empty list.
+        nothing = None if failed else Listing([], [], rival.manifest.reference, "model")
         beside = {}
         for at in both:
-            mine, other = by_stable.get(at), by_rival.get(at)
-            if arms[at] == "canary":
-                # A canary that fails its users harms nobody: the stable version steps in.
-                mine, other = (other, mine) if other is not None else (mine, None)
+            mine, other = by_stable.get(at), by_rival.get(at, nothing)
+            # A canary that fails its users harms nobody: the stable version steps in.
+            if arms[at] == "canary" and at in by_rival:
+                mine, other = other, mine
             if mine is not None:
                 made[at] = mine
             if mine is not None and other is not None:
                 beside[at] = Shown(other.version, tuple(other.items))
         self._cover(serving, made)
         self._compare(serving, by_stable, by_rival)
-        failed = len(by_rival) < sum(bool(one.items) for one in by_stable.values()) / 2
         return made, beside, Compared(failed, theirs.score_s, ours.score_s)
 
     def _rank(

@@ -278,9 +278,9 @@ class Processor:
     def _judge(self, serving: Serving | None, event: Event, history: History) -> None:
         """Count whether what the user wanted was on the list served before."""
         self._trials.count(event, history)
-        side = None if serving is None else judged_as(serving, event.user_id, history)
-        if serving is not None and side is not None:
-            self._trials.note(_place(event), event, history, serving.period, side)
+        judged = None if serving is None else judged_as(serving, event.user_id, history)
+        if serving is not None and judged is not None:
+            self._trials.note(_place(event), event, history, serving.period, judged)
 
     # -- items that a model has not seen
 

@@ -18,7 +18,7 @@ from typing import get_args
 import msgspec
 from prometheus_client import Counter
 
-from worker.arms import Arm
+from worker.arms import Arm, Judged
 from worker.cache import PartitionKey
 from worker.events import Event
 from worker.gate import Evidence
@@ -150,19 +150,14 @@ class Trials:
             reciprocal_ranks.inc(1.0 / rank)
 
     def note(
-        self, place: PartitionKey, event: Event, history: History, period: int, arm: Arm
+        self, place: PartitionKey, event: Event, history: History, period: int, judged: Judged
     ) -> None:
-        """Count what an applied event says of the versions of a trial.
-
-        Args:
-            arm: the side of the trial that the event counts for.
-        """
-        served, beside = history.served, history.beside
-        assert served is not None
+        """Count what an applied event says of the versions of a trial."""
+        side, own, other = judged
         tally = self._tally(place, period)
-        before = record_in(history.record, tally.name(arm))
-        after = before.noted(event.item_id, served.items, None if beside is None else beside.items)
-        getattr(tally, arm).replace(before, after)
+        before = record_in(history.record, tally.name(side))
+        after = before.noted(event.item_id, own.items, None if other is None else other.items)
+        getattr(tally, side).replace(before, after)
         history.record = after
         self._changed.add(place)
 

@@ -88,4 +88,17 @@ def test_an_event_of_a_trials_user_counts_only_with_both_versions_lists(
         side = arm(serving, user)
         pair = (RIVAL, STABLE) if side == "canary" else (STABLE, RIVAL)
         fits = served == STABLE if side == "others" else (served, beside) == pair
-        assert judged_as(serving, user, history(served, beside)) == (side if fits else None)
+        own = history(served, beside)
+        assert judged_as(serving, user, own) == ((side, own.served, own.beside) if fits else None)
+
+
+def test_where_the_canary_had_nothing_its_empty_list_is_judged(
+    bundles: tuple[Bundle, Bundle],
+) -> None:
+    serving = canary(*bundles, share=0.3)
+    for user in USERS[:50]:
+        own = history(STABLE, RIVAL)
+        own.beside = Shown(RIVAL, ())
+        side = arm(serving, user)
+        lists = (own.beside, own.served) if side == "canary" else (own.served, own.beside)
+        assert judged_as(serving, user, own) == (side, *lists)

@@ -186,6 +186,25 @@ def test_a_canary_of_few_items_harms_nobody_who_has_seen_them(
     assert compared is not None and compared.failed
 
 
+def test_a_user_for_whom_the_canary_has_nothing_counts_as_one_with_an_empty_list(
+    maker: ListMaker, stable: Bundle, tmp_path: Path
+) -> None:
+    few = ITEMS[:6]
+    tiny = open_bundle(
+        tiny_bundle(tmp_path / "posts" / V2, model=tiny_model(items=len(few)), items=few)
+    )
+    own = [History(8) for _ in USERS]
+    for at, one in enumerate(own):
+        one.apply(event("u", few[at % len(few)], EventType.VIEW))
+    for item in few:
+        own[0].apply(event("u", item, EventType.VIEW))
+    listings, _, compared = make(maker, canary(stable, tiny, share=0.5), own)
+    assert listings[0].items and listings[0].version == STABLE
+    assert own[0].beside == Shown(RIVAL, ())
+    assert all(history.beside is not None and history.beside.items for history in own[1:])
+    assert compared is not None and not compared.failed
+
+
 def test_only_what_was_served_covers_a_catalogue(
     maker: ListMaker, stable: Bundle, rival: Bundle, metrics: Metrics
 ) -> None:

@@ -23,7 +23,7 @@ from tests.unit.serving import (
     shadow,
     total,
 )
-from worker.arms import Arm, arm
+from worker.arms import Arm, Judged, arm
 from worker.bundle import Bundle
 from worker.cache import PartitionKey, UserKey
 from worker.events import EventType, Records
@@ -479,9 +479,9 @@ def test_a_stored_tally_of_another_trial_counts_for_nothing() -> None:
 def test_no_user_counts_without_bound() -> None:
     trials = Trials(lambda place: None, Metrics())
     history = History(5)
-    history.served = Shown(f"posts@{V1}", ("a",))
+    judged = Judged("others", Shown(f"posts@{V1}", ("a",)), None)
     for _ in range(200):
-        trials.note(PLACE, event("ann", "a"), history, PERIOD, "others")
+        trials.note(PLACE, event("ann", "a"), history, PERIOD, judged)
     assert isinstance(history.record, UserRecord)
     assert history.record.events == 50
     tally = decode_tally(trials.changes()[PLACE], PERIOD)
