@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test faults lint format bench profile soak swaps train lock clean
+.PHONY: help setup demo test docs faults lint format bench profile soak swaps train lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -44,6 +44,9 @@ lint: $(STAMP) ## ruff and mypy --strict
 format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## Write the tables of settings and metrics in docs/ again, from the code
+	$(BIN)/python -m worker.reference docs/*.md
 
 bench: $(STAMP) ## Compare the worker with other ways to do the same (ARGS=scale, ARGS=--help)
 	$(BIN)/python -m benchmarks $(ARGS)

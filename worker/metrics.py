@@ -40,7 +40,7 @@ SWAP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 3
 class Metrics:
     """The worker's metrics on a registry of their own."""
 
-    def __init__(self) -> None:  # noqa: PLR0915 - one declaration after the other
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
