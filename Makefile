@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test docs faults lint format bench profile soak swaps train lock clean
+.PHONY: help setup demo test docs faults fuzz lint format bench profile soak swaps train lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -35,6 +35,9 @@ test: $(STAMP) ## Run all tests (ARGS="-k name" to select)
 
 faults: $(STAMP) ## The fault matrix on Apache Kafka and Redis (ARGS="--only zombie", ARGS=--mutations)
 	$(BIN)/python -m tests.faults $(ARGS)
+
+fuzz: $(STAMP) ## Feed decoders broken bytes (ARGS="--inputs 10000000 --engine atheris")
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

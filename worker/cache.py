@@ -40,6 +40,7 @@ _DECODE_RECOMMENDATIONS = msgspec.json.Decoder(Recommendations).decode
 _DECODE_COLD_ITEM = msgspec.json.Decoder(tuple[str, str]).decode
 #: Field of a popularity hash with the offset counted so far; items have the prefix `i:`.
 _OFFSET_FIELD = b"offset"
+_YEAR_10000_MS = 253_402_300_800_000
 #: Ids that need no escape.
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
@@ -281,8 +282,18 @@ def encode(recommendations: Recommendations) -> bytes:
 
 
 def decode(data: bytes) -> Recommendations:
-    """The recommendations in such JSON."""
-    return _DECODE_RECOMMENDATIONS(data)
+    """The recommendations in such JSON.
+
+    Raises:
+        CacheError: it is none: something else wrote to the key.
+    """
+    try:
+        found = _DECODE_RECOMMENDATIONS(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise CacheError(f"what is cached is no list of recommendations: {error}") from None
+    if len(found.items) != len(found.scores) or not 0 <= found.generated_at_ms < _YEAR_10000_MS:
+        raise CacheError("what is cached is no list of recommendations: its fields do not fit")
+    return found
 
 
 def _item_field(item: str) -> bytes:

@@ -51,7 +51,7 @@ def read_cached(settings: Settings, user_id: str, surface: str) -> Cached | None
 
     Raises:
         SettingsError: there is no such surface.
-        CacheError: Redis does not answer.
+        CacheError: Redis does not answer, or holds something else.
     """
     try:
         key = UserKey(user_id, parse_surface(surface))
@@ -74,7 +74,7 @@ def cached_recommendations(settings: Settings, user_id: str, surface: str) -> di
 
     Raises:
         SettingsError: there is no such surface.
-        CacheError: Redis does not answer.
+        CacheError: Redis does not answer, or holds something else.
     """
     cached = read_cached(settings, user_id, surface)
     return None if cached is None else cached.as_builtins()

@@ -24,6 +24,8 @@ MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 
 MAX_MANIFEST_BYTES = 4 << 20
+#: Most items of a model: histories hold indexes as int32, and `items.txt` could not name more.
+MAX_ITEMS = 1 << 30
 #: What a name or version may be where it is no more than a directory's name.
 _SAFE = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,128}")
 #: What a published one may be: no separator of NAME@VERSION, of a path or URL, or of settings.
@@ -134,6 +136,11 @@ TEXT_INPUTS = [TensorSpec("grams", "int64", ["n", "grams"])]
 TEXT_OUTPUTS = [TensorSpec("vectors", "float32", ["n", "width"])]
 
 
+def is_safe(part: str) -> bool:
+    """Whether `part` may be a name or version: no path, nothing that steers a terminal or log."""
+    return _SAFE.fullmatch(part) is not None
+
+
 def carry_spec(name: str, width: int) -> TensorSpec:
     """The tensor `CARRY` or `NEXT_CARRY` of a recurrent model."""
     return TensorSpec(name, "float32", ["batch", width])
@@ -177,7 +184,7 @@ def check_manifest(manifest: Manifest) -> None:
         BundleError: they do not; the first problem.
     """
     for what, part in (("name", manifest.name), ("version", manifest.version)):
-        if not _SAFE.fullmatch(part):
+        if not is_safe(part):
             raise BundleError(
                 f"{what} {part[:200]!r} must be 1 to 128 printable characters without / and \\, and"
                 " not begin with a dot",
@@ -208,8 +215,8 @@ def _number_problem(manifest: Manifest) -> str | None:
             f"min_length {manifest.min_length} and max_length {manifest.max_length} must be"
             " between 1 and 100000, the first not above the second"
         )
-    if manifest.item_count < 1:
-        return f"item_count is {manifest.item_count}; a model needs items"
+    if not 1 <= manifest.item_count <= MAX_ITEMS:
+        return f"item_count is {manifest.item_count}; a model has 1 to {MAX_ITEMS} items"
     if manifest.max_k is not None and not 1 <= manifest.max_k <= manifest.item_count:
         return (
             f"max_k is {manifest.max_k}; leave it out, or give 1 to item_count,"

@@ -21,6 +21,7 @@ from worker.checksums import verify
 from worker.errors import BundleError, Refusal, ReleaseChangedError, StoreError
 from worker.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, decode_manifest
 from worker.releases import (
+    MAX_RELEASE_BYTES,
     Release,
     decode_release,
     encode_release,
@@ -266,7 +267,8 @@ class LocalRegistry(Registry):
         check_part(name, "model name")
         file = self.root / name / RELEASE_FILE
         try:
-            data = file.read_bytes()
+            with file.open("rb") as stream:
+                data = stream.read(MAX_RELEASE_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from worker.errors import BrokerError, BundleError
+from worker.manifest import is_safe
 from worker.outbox import Outgoing
 from worker.releases import Release, decode_release, encode_release, newer
 
@@ -85,6 +86,9 @@ def _take(key: bytes | None, value: bytes | None, note: Callable[[str, Release],
     if not key or not value:
         return
     name = key.decode("utf-8", "replace")
+    if not is_safe(name):
+        log.error("release_damaged; its key is no model's name and has %d bytes", len(key))
+        return
     try:
         release = decode_release(value, f"the release of {name}")
     except BundleError as error:

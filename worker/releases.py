@@ -20,6 +20,8 @@ from worker.settings import ModelChoice
 
 #: Largest share of users that a canary may have for the gate to judge it.
 MAX_JUDGED_SHARE = 0.5
+#: Largest release that is read; one of a thousand quarantined versions has a tenth of it.
+MAX_RELEASE_BYTES = 1 << 20
 #: Promotions that a release remembers.
 MAX_HISTORY = 20
 
@@ -349,6 +351,11 @@ def decode_release(data: bytes, where: Path | str) -> Release:
     Raises:
         BundleError: it is damaged.
     """
+    if len(data) > MAX_RELEASE_BYTES:
+        raise BundleError(
+            f"{where} is damaged: it has more than {MAX_RELEASE_BYTES} bytes; promote a version"
+            " again"
+        )
     try:
         return msgspec.json.decode(data, type=Release)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

@@ -16,6 +16,9 @@ import msgspec
 from worker.errors import SettingsError
 from worker.events import Surface
 
+#: Largest rules file. They are held in memory, and looked up for each item of a model.
+MAX_RULES_BYTES = 16 << 20
+
 
 class SurfaceRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rules of one surface."""
@@ -49,14 +52,31 @@ def read_rules(path: Path) -> Rules:
         SettingsError: the file cannot be read or breaks the form; the message names the place.
     """
     try:
-        rules = msgspec.json.decode(path.read_bytes(), type=Rules)
+        with path.open("rb") as file:
+            data = file.read(MAX_RULES_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"STREAMREC_RULES: cannot read {path}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise SettingsError(f"STREAMREC_RULES: {path}: {error}") from error
+    return decode_rules(data, path)
+
+
+def decode_rules(data: bytes, where: Path | str) -> Rules:
+    """Parse rules; `where` is for the message.
+
+    Raises:
+        SettingsError: they are too large or break the form; the message names the place.
+    """
+    if len(data) > MAX_RULES_BYTES:
+        raise SettingsError(
+            f"STREAMREC_RULES: {where} has more than {MAX_RULES_BYTES} bytes: leave items that"
+            " nobody is to see out of the model, or give the list of allowed ones instead"
+        )
+    try:
+        rules = msgspec.json.decode(data, type=Rules)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise SettingsError(f"STREAMREC_RULES: {where}: {error}") from error
     for surface, own in rules.surfaces.items():
         if own.max_per_author is not None and own.max_per_author < 1:
             raise SettingsError(
-                f"STREAMREC_RULES: {path}: max_per_author of {surface} must be at least 1"
+                f"STREAMREC_RULES: {where}: max_per_author of {surface} must be at least 1"
             )
     return rules
