@@ -29,6 +29,9 @@ FORMAT = 2
 MAX_FOLLOWED = 5_000
 #: Bytes of the hash of one event id.
 ID_BYTES = 8
+#: More than the longest history takes: 10,000 items, as many hidden ones and `MAX_FOLLOWED`, of
+#: four bytes a character, with times and event ids.
+MAX_STORED_BYTES = 32 << 20
 
 
 class StoredHistory(msgspec.Struct, array_like=True, gc=False):
@@ -300,6 +303,8 @@ class History(msgspec.Struct, gc=False, eq=False):
 
 
 def _read(data: bytes) -> StoredHistory:
+    if len(data) > MAX_STORED_BYTES:
+        raise ValueError(f"a stored history of {len(data)} bytes, more than any that is written")
     try:
         version = _DECODE_HEAD(data).format
         if version == FORMAT:
