@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test docs faults fuzz lint format bench profile soak swaps train lock clean
+.PHONY: help setup demo test docs faults fuzz lint format bench profile soak swaps train lock clean manifests
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -91,6 +91,9 @@ lock: ## Resolve all lock files again (needs uv)
 	$(SHIP) deploy/container/build.in -o deploy/container/build.lock
 	sed -nE 's/^((numpy|onnxruntime|msgspec|redis|hiredis)==.*[^ ]) \\$$/\1/p' requirements.lock \
 	  | $(COMPILE) --constraints - benchmarks/quix.in -o benchmarks/quix.lock
+
+manifests: ## Render deploy/kustomize from the Helm chart (needs helm)
+	deploy/kustomize/render.sh
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info

@@ -6,6 +6,7 @@ import click
 
 from models.commands import (
     compress,
+    fetch,
     publish,
     rankers,
     releases,
@@ -17,7 +18,7 @@ from models.commands import (
     train,
 )
 
-_TOPICS = (train, compress, text, search, report, scale, rankers, publish, releases, sign)
+_TOPICS = (train, compress, text, search, report, scale, rankers, fetch, publish, releases, sign)
 
 
 @click.group(commands=[command for topic in _TOPICS for command in topic.COMMANDS])

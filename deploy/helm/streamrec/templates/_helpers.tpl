@@ -1,0 +1,90 @@
+{{- define "streamrec.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-{{ .Chart.Name }}{{ end }}
+{{- end }}
+
+{{- define "streamrec.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: worker
+{{- end }}
+
+{{- define "streamrec.labels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+
+{{- define "streamrec.workerLabels" -}}
+{{ include "streamrec.labels" . }}
+app.kubernetes.io/component: worker
+{{- end }}
+
+{{/* repository:tag or repository@digest; takes the image and the chart's appVersion. */}}
+{{- define "streamrec.image" -}}
+{{- $image := index . 0 -}}
+{{- if $image.digest }}{{ $image.repository }}@{{ $image.digest }}{{ else }}{{ $image.repository }}:{{ $image.tag | default (index . 1) }}{{ end }}
+{{- end }}
+
+{{- define "streamrec.serviceAccount" -}}
+{{- if .Values.serviceAccount.create }}{{ .Values.serviceAccount.name | default (include "streamrec.name" .) }}{{ else }}{{ .Values.serviceAccount.name | default "default" }}{{ end }}
+{{- end }}
+
+{{- define "streamrec.registryClaim" -}}
+{{- .Values.models.registry.pvc.existingClaim | default (printf "%s-models" (include "streamrec.name" .)) }}
+{{- end }}
+
+{{- define "streamrec.registry" -}}
+{{- $registry := .Values.models.registry -}}
+{{- if eq $registry.type "url" }}{{ required "models.registry.url is wanted where models.registry.type is url" $registry.url }}
+{{- else if eq $registry.type "pvc" }}/registry
+{{- else }}/srv/models{{ end }}
+{{- end }}
+
+{{/* More pods than partitions would idle, and never be ready. */}}
+{{- define "streamrec.maxReplicas" -}}
+{{- $partitions := int .Values.kafka.partitions -}}
+{{- $most := int (.Values.autoscaling.maxReplicas | default $partitions) -}}
+{{- if gt $most $partitions }}{{ fail (printf "autoscaling.maxReplicas (%d) is more than kafka.partitions (%d): a partition is read by one pod, so the others would idle" $most $partitions) }}{{ end -}}
+{{- if lt $most (int .Values.autoscaling.minReplicas) }}{{ fail (printf "autoscaling.minReplicas (%d) is more than the largest number of pods (%d)" (int .Values.autoscaling.minReplicas) $most) }}{{ end -}}
+{{ $most }}
+{{- end }}
+
+{{- define "streamrec.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "streamrec.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* The settings that commands and workers share, from the config map and by reference. */}}
+{{- define "streamrec.envFrom" -}}
+- configMapRef:
+    name: {{ include "streamrec.name" . }}
+{{- with .Values.models.registry.credentialsSecret }}
+- secretRef:
+    name: {{ . }}
+{{- end }}
+{{- with .Values.extraEnvFrom }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "streamrec.redisEnv" -}}
+{{- with .Values.redis.existingSecret }}
+- name: STREAMREC_REDIS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.redis.secretKey }}
+{{- end }}
+{{- end }}
