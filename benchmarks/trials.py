@@ -294,7 +294,7 @@ async def _replay(
             return with_canary(old, version, SHARE, by="bench", at=at)
 
         release = await asyncio.to_thread(registry.change, NAME, start)
-        await push_release(settings.kafka, settings.releases_topic, NAME, release)
+        await push_release(settings, NAME, release)
         watching.set_result(asyncio.create_task(watch(before)))
         return at
 

@@ -17,6 +17,9 @@ from aiokafka.structs import TopicPartition
 from models.events import BadRecords, EventLog, SourceError
 from models.sources_records import RecordIntake
 from worker.events import Record, Records
+from worker.kafka_security import kafka_client
+from worker.refusals import kafka_refusal
+from worker.settings import Settings, load_settings
 
 SCHEME = "kafka://"
 _FORM = "kafka://host:port[,host:port]/topic?from=OFFSET|earliest|TIME&to=OFFSET|latest|TIME"
@@ -85,12 +88,13 @@ def read_kafka(address: str, log: EventLog, bad: BadRecords, surface: str) -> st
     Raises:
         SourceError: the address is malformed, Kafka does not answer, there is no such topic, no
             such offset, or a record breaks the contract.
-        SettingsError: a STREAMREC_ variable is out of range.
+        SettingsError: a STREAMREC_ variable is out of range, or a file of certificates broken.
     """
     wanted = parse_range(address)
+    settings = load_settings(kafka=wanted.bootstrap)
     intake = RecordIntake(log, bad, surface, keyed=True)
     try:
-        return asyncio.run(_read(wanted, intake))
+        return asyncio.run(_read(wanted, settings, intake))
     except OffsetOutOfRangeError:
         raise SourceError(
             f"records of topic {wanted.topic} were deleted while they were read: begin later, or"
@@ -98,14 +102,15 @@ def read_kafka(address: str, log: EventLog, bad: BadRecords, surface: str) -> st
         ) from None
     except (KafkaError, TimeoutError) as error:
         raise SourceError(
-            f"Kafka at {wanted.bootstrap} does not answer"
+            asyncio.run(kafka_refusal(settings, error))
+            or f"Kafka at {wanted.bootstrap} does not answer"
             f" ({str(error) or type(error).__name__}): start it, or correct the address"
         ) from None
 
 
-async def _read(wanted: TopicRange, intake: RecordIntake) -> str:
+async def _read(wanted: TopicRange, settings: Settings, intake: RecordIntake) -> str:
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=wanted.bootstrap,
+        **kafka_client(settings),
         client_id="streamrec-models",
         enable_auto_commit=False,
         auto_offset_reset="none",
@@ -114,7 +119,7 @@ async def _read(wanted: TopicRange, intake: RecordIntake) -> str:
     try:
         async with asyncio.timeout(SILENCE_S):
             await consumer.start()
-            ranges = await _ranges(consumer, wanted)
+            ranges = await _ranges(consumer, wanted, settings)
         for place, (start, end) in ranges.items():
             await _read_partition(consumer, place, start, end, intake, digest)
     finally:
@@ -123,10 +128,10 @@ async def _read(wanted: TopicRange, intake: RecordIntake) -> str:
 
 
 async def _ranges(
-    consumer: AIOKafkaConsumer, wanted: TopicRange
+    consumer: AIOKafkaConsumer, wanted: TopicRange, settings: Settings
 ) -> dict[TopicPartition, tuple[int, int]]:
     """First offset, and the one after the last, by partition."""
-    places = await _partitions(wanted)
+    places = await _partitions(wanted, settings)
     first = await consumer.beginning_offsets(places)
     last = await consumer.end_offsets(places)
     start = await _resolve(consumer, wanted.start, first, last, first)
@@ -139,8 +144,8 @@ async def _ranges(
     return {place: (start[place], end[place]) for place in places}
 
 
-async def _partitions(wanted: TopicRange) -> list[TopicPartition]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=wanted.bootstrap, client_id="streamrec-models")
+async def _partitions(wanted: TopicRange, settings: Settings) -> list[TopicPartition]:
+    admin = AIOKafkaAdminClient(**kafka_client(settings), client_id="streamrec-models")
     try:
         await admin.start()
         # All topics first: asking for one may make it.

@@ -22,6 +22,7 @@ from worker.cache import REDIS_FAILURES, Cache
 from worker.decider import Decider
 from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, batch_consumer
+from worker.kafka_security import faust_credentials
 from worker.memory import room
 from worker.metrics import Metrics
 from worker.models import Models
@@ -98,6 +99,7 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
     app = StreamrecApp(
         settings.group,
         broker=[URL(f"kafka://{address}") for address in settings.kafka.split(",")],
+        broker_credentials=faust_credentials(settings),
         autodiscover=False,
         origin="worker",
         # At least once, made idempotent here. Faust's exactly_once does not start (faust#440).
@@ -217,9 +219,7 @@ class Background(mode.Service):
     @mode.Service.task
     async def _follow_releases(self) -> None:
         if self._settings.releases_topic:
-            await follow_releases(
-                self._settings.kafka, self._settings.releases_topic, self._app.models.note
-            )
+            await follow_releases(self._settings, self._app.models.note)
 
     @mode.Service.task
     async def _decide(self) -> None:

@@ -30,6 +30,7 @@ from worker.errors import CacheError
 from worker.events import Surface
 from worker.popularity import PopularityTable
 from worker.ranking import Recommendations
+from worker.redis_security import redis_login
 from worker.settings import Settings
 
 #: What a lost or failing Redis raises: redis-py's own errors, or the socket's.
@@ -105,6 +106,7 @@ class Cache:
         forget_ttl_s: expiry of the empty history of a user who was erased.
         cold_items_ttl_s: expiry of a cold item after it was first seen.
         cold_items_max: cold items kept per surface, the newest.
+        login: TLS and the user, as `redis_login` gives them.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Cache:
         forget_ttl_s: int = 86400,
         cold_items_ttl_s: int = 0,
         cold_items_max: int = 0,
+        login: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             self._redis = Redis.from_url(
@@ -124,6 +127,7 @@ class Cache:
                 socket_timeout=timeout_ms / 1000.0,
                 socket_connect_timeout=timeout_ms / 1000.0,
                 health_check_interval=30,
+                **(login or {}),
             )
         except ValueError as error:
             raise CacheError(f"STREAMREC_REDIS is not a Redis URL: {error}") from None
@@ -144,6 +148,7 @@ class Cache:
             forget_ttl_s=settings.forget_ttl_s,
             cold_items_ttl_s=settings.cold_items_ttl_s,
             cold_items_max=settings.cold_items_max,
+            login=redis_login(settings),
         )
 
     def ping(self) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
 from worker import __version__
-from worker.errors import StreamrecError
-from worker.settings import PREFIX, Settings, load_settings
+from worker.errors import SettingsError, StreamrecError
+from worker.settings import PREFIX, Settings, is_flag, load_settings
 
 
 class Commands(click.Group):
@@ -54,7 +55,8 @@ def settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[..
     """Add a flag for each setting in `names` (all where none is named)."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        chosen = names or tuple(Settings.model_fields)
+        # Anybody on the machine reads the flags of a process, so that no secret is one.
+        chosen = names or tuple(filter(is_flag, Settings.model_fields))
         for name in reversed(chosen):
             info = Settings.model_fields[name]
             default = info.get_default()
@@ -64,11 +66,21 @@ def settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[..
                 name,
                 default=None,
                 metavar="VALUE",
+                callback=_without_password if name == "redis" else None,
                 help=f"{info.description} [{PREFIX}{name.upper()}; {shown}]",
             )(command)
         return command
 
     return decorate
+
+
+def _without_password(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value and urlsplit(value).password:
+        raise SettingsError(
+            f"{option.opts[0]} holds a password, which others on this machine can read: set"
+            " STREAMREC_REDIS_PASSWORD or STREAMREC_REDIS_PASSWORD_FILE"
+        )
+    return value
 
 
 @click.group(
@@ -80,7 +92,8 @@ def main() -> None:
     """Streaming recommendations: Kafka events in, a quantized ONNX model in memory, Redis out.
 
     See it work on this machine: `streamrec demo`. Every setting is a flag of `streamrec worker` and
-    an environment variable STREAMREC_<NAME>; flags win.
+    an environment variable STREAMREC_<NAME>; flags win. Secrets are no flags: STREAMREC_<NAME>, or
+    STREAMREC_<NAME>_FILE with the file that holds one.
     """
 
 

@@ -15,6 +15,8 @@ from worker.events import parse_surface
 from worker.explain import Explanation, explain
 from worker.history import History
 from worker.ranking import Recommendations
+from worker.redis_security import shown_url
+from worker.refusals import redis_refusal
 from worker.registry import Registry
 from worker.settings import Settings
 
@@ -62,7 +64,8 @@ def read_cached(settings: Settings, user_id: str, surface: str) -> Cached | None
         ((history, data),) = cache.read_users([key])
     except REDIS_FAILURES as error:
         raise CacheError(
-            f"Redis does not answer ({error}): start it, or set STREAMREC_REDIS to where it is"
+            redis_refusal(shown_url(settings), error)
+            or f"Redis does not answer ({error}): start it, or set STREAMREC_REDIS to where it is"
         ) from None
     finally:
         cache.close()

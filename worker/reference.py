@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from worker.metrics import Metrics
-from worker.settings import PREFIX, Settings
+from worker.settings import PREFIX, Settings, is_flag
 
 _PLACE = re.compile(r"(<!-- reference:(\w+) -->\n).*?(<!-- /reference -->)", re.DOTALL)
 
@@ -32,7 +32,7 @@ def settings_table() -> str:
         told = told.replace(tempfile.gettempdir(), "<temporary directory>")
         rows.append((
             f"`{PREFIX}{name.upper()}`",
-            f"`--{name.replace('_', '-')}`",
+            f"`--{name.replace('_', '-')}`" if is_flag(name) else "no flag",
             f"`{told}`" if told else "none",
             _prose(info.description or ""),
         ))  # fmt: skip

@@ -15,9 +15,12 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from worker.errors import BrokerError, BundleError
+from worker.kafka_security import kafka_client
 from worker.manifest import is_safe
 from worker.outbox import Outgoing
+from worker.refusals import kafka_refusal
 from worker.releases import Release, decode_release, encode_release, newer
+from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +33,19 @@ def release_record(topic: str, name: str, release: Release) -> Outgoing:
     return Outgoing(topic, name.encode(), encode_release(release), [])
 
 
-async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], None]) -> None:
-    """Hand each release that is in `topic` now to `note`; at start, before models are loaded: what
-    was rolled back must not serve until the topic happens to be read.
+async def read_releases(settings: Settings, note: Callable[[str, Release], None]) -> None:
+    """Hand each release that is in the topic now to `note`; at start, before models are loaded:
+    what was rolled back must not serve until the topic happens to be read.
 
     Raises:
         KafkaError: Kafka does not answer, or does not know the topic yet.
     """
-    consumer = _consumer(kafka, topic)
+    consumer = _consumer(settings)
     try:
         await consumer.start()
         places = list(consumer.assignment())
         if not places:
-            raise UnknownTopicOrPartitionError(topic)  # just made, and not known everywhere yet
+            raise UnknownTopicOrPartitionError(settings.releases_topic)  # just made, not known yet
         ends = await consumer.end_offsets(places)
         left = {place for place in places if ends[place] > 0}
         while left:
@@ -55,26 +58,29 @@ async def read_releases(kafka: str, topic: str, note: Callable[[str, Release], N
         await consumer.stop()
 
 
-async def follow_releases(kafka: str, topic: str, note: Callable[[str, Release], None]) -> None:
-    """Hand each release in `topic` to `note`, from the first on; until cancelled."""
+async def follow_releases(settings: Settings, note: Callable[[str, Release], None]) -> None:
+    """Hand each release in the topic to `note`, from the first on; until cancelled."""
     while True:
-        consumer = _consumer(kafka, topic)
+        consumer = _consumer(settings)
         try:
             await consumer.start()
             async for record in consumer:
                 _take(record.key, record.value, note)
         except (KafkaError, OSError) as error:
-            log.warning("releases_unread topic=%s error=%r; they are read again", topic, error)
+            log.warning(
+                "releases_unread topic=%s error=%r; they are read again",
+                settings.releases_topic, error,
+            )  # fmt: skip
             await asyncio.sleep(AGAIN_S)
         finally:
             await consumer.stop()
 
 
-def _consumer(kafka: str, topic: str) -> AIOKafkaConsumer:
-    """Reads all of a topic from its beginning; without a group it is assigned every partition."""
+def _consumer(settings: Settings) -> AIOKafkaConsumer:
+    """Reads all of the topic from its beginning; without a group it is assigned every partition."""
     return AIOKafkaConsumer(
-        topic,
-        bootstrap_servers=kafka,
+        settings.releases_topic,
+        **kafka_client(settings),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
@@ -98,11 +104,11 @@ def _take(key: bytes | None, value: bytes | None, note: Callable[[str, Release],
     note(name, release)
 
 
-async def newest_release(kafka: str, topic: str, name: str) -> Release | None:
-    """The newest release of model `name` in `topic`; for the command line.
+async def newest_release(settings: Settings, name: str) -> Release | None:
+    """The newest release of model `name` in the topic; for the command line.
 
     Raises:
-        BrokerError: Kafka does not answer.
+        BrokerError: Kafka does not answer, or refuses.
     """
     found: list[Release] = []
 
@@ -111,13 +117,15 @@ async def newest_release(kafka: str, topic: str, name: str) -> Release | None:
             found.append(release)
 
     try:
-        await read_releases(kafka, topic, note)
+        await read_releases(settings, note)
     except UnknownTopicOrPartitionError:
         return None  # no worker has run yet
     except (KafkaError, OSError) as error:
+        reason = await kafka_refusal(settings, error)
         raise BrokerError(
-            f"Kafka at {kafka} does not say what was pushed to {topic} ({error}), and nothing was"
-            " changed: correct --kafka, or leave it out to change the registry alone"
+            f"Kafka at {settings.kafka} does not say what was pushed to {settings.releases_topic}"
+            f" ({reason or error}), and nothing was changed: correct that or --kafka, or leave it"
+            " out to change the registry alone"
         ) from None
     newest: Release | None = None
     for release in found:
@@ -125,21 +133,23 @@ async def newest_release(kafka: str, topic: str, name: str) -> Release | None:
     return newest
 
 
-async def push_release(kafka: str, topic: str, name: str, release: Release) -> None:
-    """Write a release to `topic`; for the command line.
+async def push_release(settings: Settings, name: str, release: Release) -> None:
+    """Write a release to the topic; for the command line.
 
     Raises:
         BrokerError: Kafka does not take it.
     """
-    record = release_record(topic, name, release)
-    producer = AIOKafkaProducer(bootstrap_servers=kafka, acks="all", request_timeout_ms=10_000)
+    record = release_record(settings.releases_topic, name, release)
+    producer = AIOKafkaProducer(**kafka_client(settings), acks="all", request_timeout_ms=10_000)
     try:
         await producer.start()
-        await producer.send_and_wait(topic, record.value, record.key)
+        await producer.send_and_wait(record.topic, record.value, record.key)
     except (KafkaError, OSError) as error:
+        reason = await kafka_refusal(settings, error)
         raise BrokerError(
-            f"the release is in the registry, and was not pushed to {topic} at {kafka} ({error}):"
-            " workers find it at their next look at the registry"
+            f"the release is in the registry, and was not pushed to {record.topic} at"
+            f" {settings.kafka} ({reason or error}): workers find it at their next look at the"
+            " registry"
         ) from None
     finally:
         await producer.stop()

@@ -14,7 +14,9 @@ from aiokafka.errors import KafkaError
 
 from worker.errors import BrokerError
 from worker.events import EventType, Surface, UserEvent
+from worker.kafka_security import kafka_client
 from worker.local.ml100k import Ml100k, load_ml100k
+from worker.refusals import kafka_refusal
 from worker.settings import Settings
 
 #: Events between two looks at the clock when a rate is set.
@@ -54,13 +56,15 @@ async def event_producer(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
         BrokerError: Kafka does not answer.
     """
     producer = AIOKafkaProducer(
-        bootstrap_servers=settings.kafka, acks="all", linger_ms=5, max_batch_size=128 * 1024
+        **kafka_client(settings), acks="all", linger_ms=5, max_batch_size=128 * 1024
     )
     try:
         await producer.start()
     except KafkaError as error:
+        await producer.stop()
         raise BrokerError(
-            f"Kafka at {settings.kafka} does not answer ({error}): start it, or set"
+            await kafka_refusal(settings, error)
+            or f"Kafka at {settings.kafka} does not answer ({error}): start it, or set"
             " STREAMREC_KAFKA to where it is"
         ) from None
     try:

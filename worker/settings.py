@@ -5,17 +5,19 @@ A name ends in its unit (`_s`, `_ms`, `_mb`, `_bytes`); what has none is a count
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from worker.errors import SettingsError
 from worker.events import Surface, parse_surface
 from worker.gate import GateSettings
+from worker.security import parse_extensions, problems
 
 PREFIX = "STREAMREC_"
 
@@ -28,6 +30,49 @@ class Settings(BaseSettings):
     # Kafka
     kafka: str = Field(
         "127.0.0.1:9092", description="Kafka bootstrap servers, host:port, comma-separated."
+    )
+    kafka_security: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = Field(
+        "plaintext",
+        description="How Kafka is connected to: with TLS (ssl), with a login (sasl), or both.",
+    )
+    kafka_ca_file: Path | None = Field(
+        None,
+        description="PEM file of the CAs that sign Kafka's certificates; none: those that the"
+        " system trusts.",
+    )
+    kafka_cert_file: Path | None = Field(
+        None, description="PEM file of the client's own certificate, for mutual TLS with Kafka."
+    )
+    kafka_key_file: Path | None = Field(
+        None, description="PEM file of its private key, unencrypted."
+    )
+    kafka_sasl_mechanism: (
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None
+    ) = Field(
+        None, description="How the login to Kafka works: PLAIN, SCRAM-SHA-256 or -512, OAUTHBEARER."
+    )
+    kafka_username: str = Field("", description="User at Kafka, for PLAIN and SCRAM.")
+    kafka_password: SecretStr = Field(SecretStr(""), description="Password of that user.")
+    kafka_oauth_token_url: str = Field(
+        "",
+        description="Where OAUTHBEARER tokens are asked for (client credentials, RFC 6749).",
+    )
+    kafka_oauth_client_id: str = Field("", description="Client that asks for them.")
+    kafka_oauth_client_secret: SecretStr = Field(
+        SecretStr(""), description="Secret of that client."
+    )
+    kafka_oauth_scope: str = Field("", description="Scope that is asked for, where one is needed.")
+    kafka_oauth_ca_file: Path | None = Field(
+        None, description="PEM file of the CAs that sign the certificate of the token's address."
+    )
+    kafka_oauth_token_file: Path | None = Field(
+        None,
+        description="File with a token, instead of asking for one; read anew at each connection.",
+    )
+    kafka_oauth_extensions: str = Field(
+        "",
+        description="SASL extensions sent with a token, name=value, comma-separated"
+        " (logicalCluster and identityPoolId of Confluent Cloud).",
     )
     group: str = Field("streamrec", min_length=1, description="Consumer group of the workers.")
     events_topic: str = Field("user-events", description="Topic that events are read from.")
@@ -66,7 +111,21 @@ class Settings(BaseSettings):
     # Redis
     redis: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="Redis URL (redis://, rediss:// or unix://); may hold a password.",
+        description="Redis URL (redis://, rediss:// for TLS, or unix://); a password in it is"
+        " taken from the environment or a file, not from a flag.",
+    )
+    redis_username: str = Field("", description="Redis user (ACL); empty: the default user.")
+    redis_password: SecretStr = Field(SecretStr(""), description="Password of that user.")
+    redis_ca_file: Path | None = Field(
+        None,
+        description="PEM file of the CAs that sign Redis's certificate; none: those that the"
+        " system trusts.",
+    )
+    redis_cert_file: Path | None = Field(
+        None, description="PEM file of the client's own certificate, for mutual TLS with Redis."
+    )
+    redis_key_file: Path | None = Field(
+        None, description="PEM file of its private key, unencrypted."
     )
     redis_timeout_ms: int = Field(
         2000, ge=1, description="Longest that one Redis round trip may take."
@@ -242,6 +301,24 @@ class Settings(BaseSettings):
         "info", description="Least severe level that is logged."
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then files that the environment names."""
+        return init_settings, env_settings, SecretFiles(settings_cls)
+
+    @field_validator("kafka_oauth_extensions")
+    @classmethod
+    def _extensions_parse(cls, value: str) -> str:
+        parse_extensions(value)
+        return value
+
     @field_validator("models")
     @classmethod
     def _models_parse(cls, value: str) -> str:
@@ -260,6 +337,8 @@ class Settings(BaseSettings):
                 f"{PREFIX}GATE_MAX_EVENTS ({self.gate_max_events}) must not be less than"
                 f" {PREFIX}GATE_MIN_EVENTS ({self.gate_min_events})"
             )
+        if found := list(problems(self)):
+            raise ValueError("; ".join(found))
         return self
 
     @property
@@ -279,6 +358,50 @@ class Settings(BaseSettings):
     def models_by_surface(self) -> dict[Surface, ModelChoice]:
         """The `models` setting, parsed."""
         return parse_models(self.models)
+
+
+class SecretFiles(PydanticBaseSettingsSource):
+    """Secrets from files, as Docker and Kubernetes mount them: `STREAMREC_<NAME>_FILE` says where.
+
+    A line end after the secret is not part of it.
+
+    Raises:
+        SettingsError: when called, if a file cannot be read, or the secret is set besides.
+    """
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """The secret in the file that the environment names for a field; None without one."""
+        variable = f"{PREFIX}{field_name.upper()}_FILE"
+        name = os.environ.get(variable)
+        if not name or field.annotation is not SecretStr:
+            return None, field_name, False
+        if os.environ.get(variable.removesuffix("_FILE")):
+            raise SettingsError(f"{variable} and {variable.removesuffix('_FILE')} are set: use one")
+        try:
+            secret = Path(name).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise SettingsError(f"{variable}: cannot read {name}: {reason}") from None
+        return secret, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """All that are set."""
+        found = {
+            name: self.get_field_value(field, name)[0]
+            for name, field in self.settings_cls.model_fields.items()
+        }
+        return {name: secret for name, secret in found.items() if secret is not None}
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting may hold a secret: never shown, and read from a file where one is named."""
+    return Settings.model_fields[name].annotation is SecretStr
+
+
+def is_flag(name: str) -> bool:
+    """Whether a setting is a command-line flag: others on the machine read those. The Redis URL is
+    one, as long as it holds no password."""
+    return name == "redis" or not is_secret(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,8 +444,7 @@ def load_settings(**flags: Any) -> Settings:
         for item in error.errors():
             place = PREFIX + str(item["loc"][0]).upper() + ": " if item["loc"] else ""
             message = str(item["msg"]).removeprefix("Value error, ")
-            shown = (
-                "" if not item["loc"] or item["loc"][0] == "redis" else f" (got {item['input']!r})"
-            )
+            hidden = not item["loc"] or is_secret(str(item["loc"][0]))
+            shown = "" if hidden else f" (got {item['input']!r})"
             problems.append(f"{place}{message}{shown}")
         raise SettingsError("; ".join(problems)) from None

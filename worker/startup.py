@@ -16,8 +16,12 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from worker.cache import REDIS_FAILURES, Cache
 from worker.errors import BrokerError, CacheError, StreamrecError
+from worker.kafka_security import kafka_client
+from worker.redis_security import shown_url
+from worker.refusals import kafka_refusal, redis_refusal
 from worker.release_channel import read_releases
 from worker.releases import Release
+from worker.security import cleartext
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,14 +37,17 @@ async def prepare(settings: Settings) -> list[tuple[str, Release]]:
         Releases that were pushed, each with its model's name.
 
     Raises:
-        BrokerError: Kafka does not answer, or a topic is missing.
-        CacheError: Redis does not answer.
+        BrokerError: Kafka does not answer, or refuses, or a topic is missing.
+        CacheError: Redis does not answer, or refuses.
+        SettingsError: a file of certificates is missing or broken.
     """
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    for sentence in cleartext(settings):
+        log.warning("cleartext_login %s", sentence)
     try:
         await _wait(settings, "Kafka", settings.kafka, lambda: ensure_topics(settings))
-        await _wait(settings, "Redis", _without_secret(settings), lambda: _ping(settings))
+        await _wait(settings, "Redis", shown_url(settings), lambda: _ping(settings))
         releases: list[tuple[str, Release]] = []
         if settings.releases_topic:
             await _wait(settings, "Kafka", settings.kafka, lambda: _pushed(settings, releases))
@@ -58,7 +65,7 @@ async def ensure_topics(settings: Settings) -> None:
         KafkaError: Kafka does not answer.
     """
     admin = AIOKafkaAdminClient(
-        bootstrap_servers=settings.kafka, request_timeout_ms=5000, client_id="streamrec-startup"
+        **kafka_client(settings), request_timeout_ms=5000, client_id="streamrec-startup"
     )
     try:
         await admin.start()
@@ -88,11 +95,7 @@ async def ensure_topics(settings: Settings) -> None:
 
 async def _pushed(settings: Settings, releases: list[tuple[str, Release]]) -> None:
     """Read all releases into `releases`: which hold is for `Models.note` to say."""
-    await read_releases(
-        settings.kafka,
-        settings.releases_topic,
-        lambda name, release: releases.append((name, release)),
-    )
+    await read_releases(settings, lambda name, release: releases.append((name, release)))
 
 
 def _new_topic(settings: Settings, name: str) -> NewTopic:
@@ -124,12 +127,19 @@ async def _wait(
         except StreamrecError:
             raise
         except (KafkaError, *REDIS_FAILURES) as error:
+            kind = BrokerError if name == "Kafka" else CacheError
+            if name == "Kafka":
+                refusal = await kafka_refusal(settings, error)
+            else:
+                refusal = redis_refusal(address, error)
+            if refusal is not None:
+                # Waiting does not cure it; who restarts the worker tries again.
+                raise kind(refusal) from None
             if time.monotonic() + wait_s > deadline:
-                kind = BrokerError if name == "Kafka" else CacheError
                 raise kind(
                     f"{name} at {address} does not answer ({_short(error)}) after"
                     f" {settings.startup_timeout_s:.0f} s: start it, or set"
-                    f" STREAMREC_{name.upper()} to where it is"
+                    f" STREAMREC_{name.upper()} to where it is (TLS and logins: docs/security.md)"
                 ) from None
             log.warning(
                 "waiting_for service=%s address=%s retry_in_s=%.1f error=%s",
@@ -141,9 +151,3 @@ async def _wait(
 
 def _short(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _without_secret(settings: Settings) -> str:
-    """The Redis URL without user and password."""
-    scheme, _, rest = settings.redis.get_secret_value().partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

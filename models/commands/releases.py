@@ -27,6 +27,7 @@ from worker.releases import (
     with_quarantined,
     with_shadow,
 )
+from worker.settings import load_settings
 
 #: Where what a change is pushed with lies in the context's meta.
 _KAFKA, _TOPIC = "streamrec.kafka", "streamrec.releases_topic"
@@ -252,10 +253,10 @@ def _change(
         return store.change(name, transition, repair=repair)
     from worker.release_channel import newest_release, push_release  # noqa: PLC0415 - loads Kafka
 
-    topic = chosen[_TOPIC]
-    pushed = asyncio.run(newest_release(kafka, topic, name))
+    settings = load_settings(kafka=kafka, releases_topic=chosen[_TOPIC])
+    pushed = asyncio.run(newest_release(settings, name))
     release = store.change(name, lambda old: transition(newer(old, pushed)), repair=repair)
-    asyncio.run(push_release(kafka, topic, name, release))
+    asyncio.run(push_release(settings, name, release))
     return release
 
 

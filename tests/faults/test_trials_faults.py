@@ -222,7 +222,7 @@ def test_a_worker_that_starts_late_never_serves_what_was_rolled_back(
     # The workers cannot write the registry: that a gate rolled it back is in the topic alone.
     running = start_canary(registry, SPOILED)
     ended = canary_ended(running, quarantine="gate: quality", at=datetime.now(UTC))
-    asyncio.run(push_release(world.broker.bootstrap, f"{world.name}.releases", "posts", ended))
+    asyncio.run(push_release(world.settings(), "posts", ended))
     with world.worker() as late:
         crowd.round()
         assert served(late)["revision"] == ended.revision

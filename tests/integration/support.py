@@ -22,6 +22,7 @@ from worker.local.process import ManagedProcess, free_port
 from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
 from worker.local.topics import read_topic
+from worker.settings import Settings, load_settings
 
 PARTITIONS = 4
 
@@ -72,6 +73,10 @@ class World:
             env: environment beside the settings.
         """
         return WorkerProcess(self, settings, module, env)
+
+    def settings(self) -> Settings:
+        """Where the broker and the topics are, for what is called in the test's own process."""
+        return load_settings(kafka=self.broker.bootstrap, releases_topic=f"{self.name}.releases")
 
     def send(self, records: Iterable[tuple[bytes | None, bytes | None]]) -> None:
         """Write key and value of each record, in order, and wait for all."""

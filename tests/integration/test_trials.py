@@ -158,9 +158,7 @@ def test_a_spoiled_canary_is_rolled_back_in_all_workers_and_not_tried_again(
     with world.worker() as first, world.worker(registry_poll_s="1e6") as second:
         workers = first, second
         release = start_canary(registry, "v3-shifted")
-        asyncio.run(
-            push_release(world.broker.bootstrap, f"{world.name}.releases", "posts", release)
-        )
+        asyncio.run(push_release(world.settings(), "posts", release))
         for worker in workers:
             eventually(lambda worker=worker: "canary" in served(worker), "the canary serves")
         crowd.act(*workers)
