@@ -4,7 +4,8 @@ of cold items, one round trip a batch.
 Keys (docs/design.md): `rec:{<user>}:<surface>`, `hist:{<user>}:<surface>`,
 `pop:{<surface>}:<topic>:<partition>`, `trial:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`.
 User ids are percent-encoded, so that none can reach another's key; the braces keep one user's keys
-in one Redis Cluster slot. No command touches more than one key.
+in one Redis Cluster slot. The one command that touches two keys, a script of `worker/versions.py`,
+touches those of one user and surface. Redis 6.2 or later, or Valkey.
 
 Commands are packed once for a whole batch and their replies read over one connection of redis-py's
 synchronous client: its pipelines, the asynchronous ones above all, take several times as long to
@@ -18,13 +19,14 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any, cast
 from urllib.parse import quote
 
 import hiredis
 import msgspec
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from worker.errors import CacheError
 from worker.events import Surface
@@ -32,6 +34,7 @@ from worker.popularity import PopularityTable
 from worker.ranking import Recommendations
 from worker.redis_security import redis_login
 from worker.settings import Settings
+from worker.versions import WRITE, WRITE_TABLE, digest
 
 #: What a lost or failing Redis raises: redis-py's own errors, or the socket's.
 REDIS_FAILURES = (RedisError, OSError, TimeoutError)
@@ -42,6 +45,7 @@ _DECODE_COLD_ITEM = msgspec.json.Decoder(tuple[str, str]).decode
 #: Field of a popularity hash with the offset counted so far; items have the prefix `i:`.
 _OFFSET_FIELD = b"offset"
 _YEAR_10000_MS = 253_402_300_800_000
+_WRITE_DIGEST, _WRITE_TABLE_DIGEST = digest(WRITE), digest(WRITE_TABLE)
 #: Ids that need no escape.
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
@@ -63,6 +67,14 @@ class PartitionKey(msgspec.Struct, frozen=True, gc=False):
     surface: Surface
     topic: str
     partition: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """What was not written, since Redis holds something newer, by another worker."""
+
+    users: list[UserKey] = []
+    popularity: list[PartitionKey] = []
+    tallies: list[PartitionKey] = []
 
 
 def _escaped(part: str) -> str:
@@ -164,6 +176,10 @@ class Cache:
         found = self._run(commands)
         return list(zip(found[::2], found[1::2], strict=True))
 
+    def delete_histories(self, keys: Sequence[UserKey]) -> None:
+        """Delete stored histories, whatever they hold."""
+        self._run([("DEL", history_key(key)) for key in keys])
+
     def write_batch(
         self,
         *,
@@ -173,37 +189,51 @@ class Cache:
         forgotten: Mapping[UserKey, bytes] | None = None,
         cold_items: Mapping[Surface, Mapping[str, str]] | None = None,
         tallies: Mapping[PartitionKey, bytes] | None = None,
-    ) -> None:
+    ) -> Refused:
         """Write all effects of a batch in one round trip; repeating it changes nothing.
 
         Args:
-            recommendations: as `encode` gives them.
-            forgotten: empty histories of users who were erased; their recommendations go.
-            tallies: of trials; written after the histories that they count.
+            histories: with their marks (`worker/versions.py`).
+            recommendations: as `encode` gives them, for some of the keys of `histories`.
+            forgotten: empty histories of users who were erased, with marks that refuse late writes;
+                their recommendations go.
+            tallies: of trials, with marks; written after the histories that they count.
+
+        Returns:
+            What was not written, since Redis holds something newer.
         """
-        commands: list[Command] = [
-            ("SET", history_key(key), data, "EX", self._history_ttl_s)
-            for key, data in histories.items()
-        ]
-        ttl_ms = self._recommendations_ttl_s * 1000
-        commands += [
-            (
-                "SET",
-                recommendation_key(key),
-                data,
-                "PX",
-                max(1, int(ttl_ms * random.uniform(0.9, 1.1))),
+        emptied, tallied = forgotten or {}, tallies or {}
+        ttl_s, ttl_ms = self._history_ttl_s, self._recommendations_ttl_s * 1000
+        versioned: list[Command] = []
+        for key, data in histories.items():
+            made = recommendations.get(key)
+            listed: Command = (
+                () if made is None else (made, max(1, int(ttl_ms * random.uniform(0.9, 1.1))))
             )
-            for key, data in recommendations.items()
-        ]
-        for key, data in (forgotten or {}).items():
-            commands += (
-                ("SET", history_key(key), data, "EX", self._forget_ttl_s),
-                ("DEL", recommendation_key(key)),
-            )
+            versioned.append(_write_user(key, data, ttl_s, listed))
+        for key, data in emptied.items():
+            versioned.append(_write_user(key, data, self._forget_ttl_s, (b"", 0)))
         for place, table in popularity.items():
-            commands += self._popularity_commands(popularity_key(place), table)
-        for surface, texts in (cold_items or {}).items():
+            versioned.append(self._popularity_command(popularity_key(place), table))
+        for place, data in tallied.items():
+            versioned.append(("EVALSHA", _WRITE_DIGEST, 1, tally_key(place), data, ttl_s))
+        commands = versioned + self._cold_commands(cold_items or {})
+        try:
+            replies = self._run(commands)
+        except NoScriptError:
+            # A Redis that was started anew. What was written meanwhile is written once more.
+            self._run([("SCRIPT", "LOAD", WRITE), ("SCRIPT", "LOAD", WRITE_TABLE)])
+            replies = self._run(commands)
+        written = iter(replies)
+        return Refused(
+            users=[key for key in chain(histories, emptied) if not next(written)],
+            popularity=[place for place in popularity if not next(written)],
+            tallies=[place for place in tallied if not next(written)],
+        )
+
+    def _cold_commands(self, cold_items: Mapping[Surface, Mapping[str, str]]) -> list[Command]:
+        commands: list[Command] = []
+        for surface, texts in cold_items.items():
             # Sorted by when an item was first seen: a reader asks for what is new.
             name, now_s = cold_items_key(surface), time.time()
             members = [part for pair in texts.items() for part in (now_s, _ENCODE(pair))]
@@ -213,19 +243,26 @@ class Cache:
                 ("ZREMRANGEBYRANK", name, 0, -self._cold_items_max - 1),
                 ("EXPIRE", name, self._cold_items_ttl_s),
             ]
-        for place, data in (tallies or {}).items():
-            commands.append(("SET", tally_key(place), data, "EX", self._history_ttl_s))
-        self._run(commands)
-
-    def _popularity_commands(self, name: str, table: PopularityTable) -> list[Command]:
-        fields: list[str | bytes] = [_OFFSET_FIELD, f"{table.offset}:{table.record_time_ms}"]
-        for item in table.changed:
-            fields += (_item_field(item), repr(table.weights[item]))
-        commands: list[Command] = [("HSET", name, *fields)]
-        if table.removed:
-            commands.append(("HDEL", name, *map(_item_field, table.removed)))
-        commands.append(("EXPIRE", name, self._history_ttl_s))
         return commands
+
+    def _popularity_command(self, name: str, table: PopularityTable) -> Command:
+        weights = [
+            part
+            for item in table.changed
+            for part in (_item_field(item), repr(table.weights[item]))
+        ]
+        return (
+            "EVALSHA",
+            _WRITE_TABLE_DIGEST,
+            1,
+            name,
+            table.offset,
+            table.record_time_ms,
+            self._history_ttl_s,
+            len(weights),
+            *weights,
+            *map(_item_field, table.removed),
+        )
 
     def read_popularity(self, key: PartitionKey, into: PopularityTable) -> None:
         """Fill an empty table with what the partition's last owner counted."""
@@ -299,6 +336,11 @@ def decode(data: bytes) -> Recommendations:
     if len(found.items) != len(found.scores) or not 0 <= found.generated_at_ms < _YEAR_10000_MS:
         raise CacheError("what is cached is no list of recommendations: its fields do not fit")
     return found
+
+
+def _write_user(key: UserKey, history: bytes, ttl_s: int, listed: Command) -> Command:
+    names = history_key(key), recommendation_key(key)
+    return "EVALSHA", _WRITE_DIGEST, 2, *names, history, ttl_s, *listed
 
 
 def _item_field(item: str) -> bytes:

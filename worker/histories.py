@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: Stored history and recommendations of each user.
 Read = Callable[[Sequence[UserKey]], list[tuple[bytes | None, bytes | None]]]
+#: Deletes stored histories.
+Discard = Callable[[Sequence[UserKey]], None]
 
 #: What a history takes in memory beside its stored form, which is about as large as its columns:
 #: Python's own objects, and an item id as a string of its own. Measured (docs/design.md).
@@ -34,8 +36,11 @@ MEMORY_PER_ITEM = 28
 class Histories:
     """A bounded cache of `History`, least recently used out first."""
 
-    def __init__(self, read: Read, *, length: int, max_bytes: float, metrics: Metrics) -> None:
+    def __init__(
+        self, read: Read, discard: Discard, *, length: int, max_bytes: float, metrics: Metrics
+    ) -> None:
         self._read = read
+        self._discard = discard
         self._length = length
         self._max_bytes = max_bytes
         self._metrics = metrics
@@ -56,7 +61,8 @@ class Histories:
         return {key: cached[key] for key in wanted}
 
     def _fetch(self, missing: Sequence[UserKey]) -> None:
-        found = damaged = 0
+        found = 0
+        damaged: list[UserKey] = []
         for key, (data, recommendations) in zip(missing, self._read(missing), strict=True):
             if data is None:
                 self._cached[key] = History(self._length)
@@ -67,15 +73,18 @@ class Histories:
                 # One damaged key must not stop everybody's stream; its user starts afresh.
                 log.error("history_damaged surface=%s error=%s", key.surface.value, error)
                 self._cached[key] = History(self._length)
-                damaged += 1
+                damaged.append(key)
                 continue
             found += 1
             self._cached[key].served = _shown(recommendations)
             self._resize(key, len(data))
+        if damaged:
+            # Their marks, if those are whole, would refuse what is written from now on.
+            self._discard(damaged)
         reads = self._metrics.history_reads
         reads.labels("redis").inc(found)
-        reads.labels("damaged").inc(damaged)
-        reads.labels("nowhere").inc(len(missing) - found - damaged)
+        reads.labels("damaged").inc(len(damaged))
+        reads.labels("nowhere").inc(len(missing) - found - len(damaged))
 
     def put(self, key: UserKey, history: History) -> None:
         """`history` takes the place of what is cached of `key`, which must be; in memory alone."""
@@ -95,6 +104,12 @@ class Histories:
             self._evict()
         self._metrics.history_cache_bytes.set(self._total_bytes)
         self._metrics.history_cache_users.set(len(self._cached))
+
+    def drop(self, keys: Iterable[UserKey]) -> None:
+        """Forget these: Redis has something newer."""
+        for key in keys:
+            self._cached.pop(key, None)
+            self._total_bytes -= self._bytes.pop(key, 0)
 
     def clear(self) -> None:
         """Forget everything: the partitions were taken away."""

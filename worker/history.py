@@ -18,10 +18,9 @@ import numpy as np
 from worker.errors import HistoryFormatError
 from worker.events import DELIBERATE_TYPES, Event, EventType, Surface
 from worker.quality import UserRecord
+from worker.versions import Applied, mark
 
 Outcome = Literal["applied", "duplicate", "late"]
-#: Topic, partition, last applied offset, its record time in epoch milliseconds.
-Applied = tuple[str, int, int, int]
 
 #: Layout of the stored form. Format 1 is still read; a reader refuses what it does not know.
 FORMAT = 2
@@ -48,6 +47,9 @@ class StoredHistory(msgspec.Struct, array_like=True, gc=False):
     followed: list[str] = []
     #: Left out by releases that did not judge what they served.
     record: UserRecord | None = None
+    #: Of `applied`, as `versions.WRITE` compares it; must stay the last field. Left out by
+    #: releases that wrote without comparing.
+    mark: bytes = b""
 
 
 class Shown(msgspec.Struct, frozen=True, gc=False):
@@ -273,6 +275,7 @@ class History(msgspec.Struct, gc=False, eq=False):
                 self.applied,
                 list(self.followed),
                 self.record,
+                mark(self.applied),
             )
         )
 

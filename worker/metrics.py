@@ -176,6 +176,12 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=registry,
         )
+        self.stale_writes = Counter(
+            "streamrec_stale_writes",
+            "Writes that Redis refused, since another worker had written something newer.",
+            ["kind"],
+            registry=registry,
+        )
         self.produce_errors = Counter(
             "streamrec_produce_errors",
             "Failed writes to Kafka; each is retried.",

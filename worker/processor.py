@@ -19,7 +19,7 @@ from itertools import chain
 from typing import TypeVar
 
 from worker.arms import judged_as
-from worker.cache import REDIS_FAILURES, Cache, PartitionKey, UserKey, encode
+from worker.cache import REDIS_FAILURES, Cache, PartitionKey, Refused, UserKey, encode
 from worker.cold_items import ColdItems
 from worker.events import (
     Decoder,
@@ -64,6 +64,18 @@ class Touched:
 
 
 @dataclass(slots=True)
+class Changes:
+    """What events and tombstones did to what is kept of users."""
+
+    #: By events, since the last tombstone.
+    touched: dict[UserKey, Touched]
+    #: By tombstones, and not touched after.
+    emptied: set[UserKey]
+    #: Those that erased anything, repeats included.
+    tombstones: list[Tombstone]
+
+
+@dataclass(slots=True)
 class Made:
     """What a micro-batch made, and Redis has; to be published."""
 
@@ -93,6 +105,9 @@ class Processor:
         )
         self._histories = Histories(
             self._read_users,
+            lambda keys: self._redis(
+                "delete_histories", lambda: self._cache.delete_histories(keys)
+            ),
             length=settings.history_length,
             max_bytes=settings.history_cache_mb * 1e6,
             metrics=metrics,
@@ -156,17 +171,22 @@ class Processor:
                 for part in self._decoder.decode(records, now_ms=now_ms).cut()
             ]
         self._metrics.batch_events.observe(sum(map(len, batches)))
-        with self._stage("history"):
-            touched, emptied = self._apply(decoded, made)
-        lists: dict[UserKey, Recommendations] = {}
-        for surface, users in _by_surface(touched).items():
-            lists |= self._recommend(surface, users)
-        if generation != self._generation:
-            # A rebalance came in between. The batch is read again by whoever owns it now, and
-            # writing its effects could undo what that worker has written.
-            return Made()
-        with self._stage("cache"):
-            self._write(touched, emptied, lists, made)
+        first_time = True
+        while decoded:
+            with self._stage("history"):
+                changes = self._apply(decoded, made, first_time=first_time)
+            lists: dict[UserKey, Recommendations] = {}
+            for surface, users in _by_surface(changes.touched).items():
+                lists |= self._recommend(surface, users)
+            if generation != self._generation:
+                # A rebalance came in between. The batch is read again by whoever owns it now.
+                return Made()
+            with self._stage("cache"):
+                refused = self._write(changes, lists, made)
+            # Another worker has been at these users. Once more, on top of what it wrote: events
+            # that it has taken are repeats then.
+            decoded = [_only(batch, refused) for batch in decoded] if refused else []
+            first_time = False
         return made
 
     def _clear(self) -> None:
@@ -177,16 +197,11 @@ class Processor:
 
     # -- events
 
-    def _apply(
-        self, decoded: Sequence[EventBatch], made: Made
-    ) -> tuple[dict[UserKey, Touched], set[UserKey]]:
+    def _apply(self, decoded: Sequence[EventBatch], made: Made, *, first_time: bool) -> Changes:
         """Apply events to histories and popularity, and erase users.
 
         Args:
             decoded: each with its tombstones behind its events (`EventBatch.cut`).
-
-        Returns:
-            What events touched, and what was erased and not touched after.
         """
         keys = [
             [UserKey(event.user_id, event.surface) for event in batch.events] for batch in decoded
@@ -199,6 +214,7 @@ class Processor:
         )
         touched: dict[UserKey, Touched] = {}
         emptied: set[UserKey] = set()
+        tombstones: list[Tombstone] = []
         outcomes: Counter[tuple[Surface, str, str]] = Counter()
         # Taken once: a swap in between must not mix two trials.
         serving = {surface: self._models.serving(surface) for surface in Surface}
@@ -216,8 +232,10 @@ class Processor:
                     outcome = "failed"
                     made.rejected.append(_failed(batch, event, error))
                 else:
-                    # A repeat is written again too: its first effects may never have arrived.
-                    touched[key] = Touched(history, event)
+                    # A user's last event is written again where it is a repeat: its first effects
+                    # may never have arrived. Those before it could only bring back an older list.
+                    if outcome != "duplicate" or _is_last(event, history):
+                        touched[key] = Touched(history, event)
                     counted.setdefault(event.surface, []).append(event)
                     if judging and outcome == "applied":
                         self._judge(serving[event.surface], event, history)
@@ -228,11 +246,14 @@ class Processor:
                 place = PartitionKey(surface, batch.records.topic, batch.records.partition)
                 self._table(place).add(events)
             for tombstone in batch.tombstones:
-                emptied.update(self._forget_user(tombstone, histories, touched))
-                made.forgotten.append(tombstone)
-        for labels, count in outcomes.items():
-            self._metrics.events.labels(*labels).inc(count)
-        return touched, emptied - touched.keys()
+                erased_keys = self._forget_user(tombstone, histories, touched)
+                if erased_keys:
+                    emptied.update(erased_keys)
+                    tombstones.append(tombstone)
+        if first_time:
+            for labels, count in outcomes.items():
+                self._metrics.events.labels(*labels).inc(count)
+        return Changes(touched, emptied - touched.keys(), tombstones)
 
     def _forget_user(
         self,
@@ -366,22 +387,23 @@ class Processor:
     # -- Redis
 
     def _write(
-        self,
-        touched: dict[UserKey, Touched],
-        emptied: set[UserKey],
-        lists: dict[UserKey, Recommendations],
-        made: Made,
-    ) -> None:
-        """Write histories, lists, popularity and cold items; remove what was erased."""
+        self, changes: Changes, lists: dict[UserKey, Recommendations], made: Made
+    ) -> set[UserKey]:
+        """Write histories, lists, popularity and cold items, and remove what was erased; returns
+        users of whom Redis has something newer, and who were not written."""
         encoded = {key: encode(one) for key, one in lists.items()}
-        histories = self._histories.stored(touched)
-        forgotten = self._histories.stored(emptied)
+        histories = self._histories.stored(changes.touched)
+        forgotten = self._histories.stored(changes.emptied)
         popularity = {
             place: table.copy_changes()
             for place, table in self._popularity.items()
             if table.changed or table.removed
         }
-        self._redis(
+        reached = {
+            place: (table.offset, table.record_time_ms) for place, table in self._popularity.items()
+        }
+        tallies = self._trials.changes(reached)
+        refused = self._redis(
             "write_batch",
             lambda: self._cache.write_batch(
                 histories=histories,
@@ -389,12 +411,36 @@ class Processor:
                 recommendations=encoded,
                 popularity=popularity,
                 cold_items=made.cold_items,
-                tallies=self._trials.changes(),
+                tallies=tallies,
             ),
         )
         self._trials.written()
+        self._drop(refused)
         self._histories.trim()
-        made.lists = list(zip(lists.values(), encoded.values(), strict=True))
+        users = set(refused.users)
+        made.lists += [(one, encoded[key]) for key, one in lists.items() if key not in users]
+        made.forgotten += [
+            one
+            for one in changes.tombstones
+            if not users.issuperset(keys_of(one.user_id)) and one not in made.forgotten
+        ]
+        return users
+
+    def _drop(self, refused: Refused) -> None:
+        """Read again what another worker has changed."""
+        counts = {
+            "user": len(refused.users),
+            "popularity": len(refused.popularity),
+            "tally": len(refused.tallies),
+        }
+        for kind, count in counts.items():
+            if count:
+                self._metrics.stale_writes.labels(kind).inc(count)
+                log.warning("stale_write kind=%s count=%d", kind, count)
+        self._histories.drop(refused.users)
+        for place in refused.popularity:
+            del self._popularity[place]
+        self._trials.drop(refused.tallies)
 
     def _read_users(self, keys: Sequence[UserKey]) -> list[tuple[bytes | None, bytes | None]]:
         return self._redis("read_users", lambda: self._cache.read_users(keys))
@@ -423,6 +469,22 @@ def _by_surface(touched: dict[UserKey, Touched]) -> dict[Surface, dict[UserKey, 
     for key, one in touched.items():
         grouped.setdefault(key.surface, {})[key] = one
     return grouped
+
+
+def _only(batch: EventBatch, users: set[UserKey]) -> EventBatch:
+    """What a part of a batch holds for `users`."""
+    names = {key.user_id for key in users}
+    return EventBatch(
+        batch.records,
+        [one for one in batch.events if UserKey(one.user_id, one.surface) in users],
+        [one for one in batch.tombstones if one.user_id in names],
+    )
+
+
+def _is_last(event: Event, history: History) -> bool:
+    """Whether no later record of the event's partition is in the history."""
+    last = history.last_applied(event.topic, event.partition)
+    return last is None or last[0] <= event.offset
 
 
 def _place(event: Event) -> PartitionKey:

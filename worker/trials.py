@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import log as ln
 from typing import get_args
 
@@ -27,6 +27,7 @@ from worker.lists import Compared
 from worker.metrics import Metrics
 from worker.quality import POSITIVE_TYPES, Tally, rank_of, record_in
 from worker.sequences import MeanTally
+from worker.versions import mark
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class PartitionTally(msgspec.Struct, kw_only=True):
     #: Calls of the other version, and those that failed.
     scorings: int = 0
     errors: int = 0
+    #: Of the last record that is counted, as `versions.WRITE` compares it; must stay the last
+    #: field. Left out by releases that wrote without comparing.
+    mark: bytes = b""
 
     def name(self, arm: Arm) -> int:
         """Names the tally of one side in its users' records: a user changes sides within a trial
@@ -171,13 +175,27 @@ class Trials:
             tally.latency.add(ln(compared.seconds / compared.stable_s))
         self._changed.add(place)
 
-    def changes(self) -> dict[PartitionKey, bytes]:
-        """Stored form of the tallies that changed since `written`."""
+    def changes(self, reached: Mapping[PartitionKey, tuple[int, int]]) -> dict[PartitionKey, bytes]:
+        """Stored form of the tallies that changed since `written`.
+
+        Args:
+            reached: offset and record time (ms) of the last event counted, per place.
+        """
+        for place in self._changed:
+            own = reached.get(place)
+            if own is not None:
+                self._tallies[place].mark = mark([(place.topic, place.partition, *own)])
         return {place: _ENCODE(self._tallies[place]) for place in self._changed}
 
     def written(self) -> None:
         """`changes` are in Redis."""
         self._changed.clear()
+
+    def drop(self, places: Iterable[PartitionKey]) -> None:
+        """Read these again: Redis has something newer."""
+        for place in places:
+            self._tallies.pop(place, None)
+            self._changed.discard(place)
 
     def clear(self) -> None:
         """The partitions were taken away."""

@@ -73,10 +73,12 @@ def store(redis: RedisServer, history: bytes | None, recommendations: Recommenda
     async def write() -> None:
         cache = Cache.from_settings(load_settings(redis=redis.url))
         cache.write_batch(
-            histories={} if history is None else {ANN: history},
+            histories={ANN: b"" if history is None else history},
             recommendations={ANN: encode(recommendations)},
             popularity={},
         )
+        if history is None:
+            cache.delete_histories([ANN])
         cache.close()
 
     asyncio.run(write())

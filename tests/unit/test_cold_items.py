@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.conftest import ITEMS
 from tests.unit.test_text import text_bundle
 from worker.bundle import Bundle, open_bundle
+from worker.cache import Refused
 from worker.cold_items import ColdIndex, ColdItems
 from worker.events import Records, Surface
 from worker.metrics import Metrics
@@ -146,8 +147,9 @@ class FakeCache:
         self.stored: list[tuple[str, str, float]] = []
         self.written: list[dict[str, Any]] = []
 
-    def write_batch(self, **effects: Any) -> None:
+    def write_batch(self, **effects: Any) -> Refused:
         self.written.append(effects)
+        return Refused()
 
     def read_users(self, keys: list[Any]) -> list[tuple[None, None]]:
         return [(None, None)] * len(keys)

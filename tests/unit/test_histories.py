@@ -49,9 +49,15 @@ class Redis:
         self.reads.append(list(keys))
         return [self.stored.get(key, (None, None)) for key in keys]
 
+    def discard(self, keys: Sequence[UserKey]) -> None:
+        for key in keys:
+            del self.stored[key]
+
 
 def histories(redis: Redis, *, max_bytes: float = 1e6, metrics: Metrics | None = None) -> Histories:
-    return Histories(redis.read, length=8, max_bytes=max_bytes, metrics=metrics or Metrics())
+    return Histories(
+        redis.read, redis.discard, length=8, max_bytes=max_bytes, metrics=metrics or Metrics()
+    )
 
 
 def stored(*items: str, record: UserRecord | None = None) -> bytes:
@@ -139,6 +145,8 @@ def test_a_damaged_history_starts_its_user_afresh_and_no_other() -> None:
     loaded = histories(redis, metrics=metrics).load([user("ann"), user("bob")])
     assert [one.items for one in loaded.values()] == [(), ("b",)]
     assert total(metrics, "streamrec_history_reads_total", found="damaged") == 1
+    # Else the mark of what was damaged could refuse what is written from now on.
+    assert list(redis.stored) == [user("bob")]
 
 
 def test_a_rebalance_forgets_all() -> None:

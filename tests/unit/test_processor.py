@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from worker.cache import Refused
 from worker.events import Records
 from worker.metrics import Metrics
 from worker.processor import Processor
@@ -35,11 +36,12 @@ class FakeRedis:
     def read_popularity(self, key: object, into: object) -> None:
         return None
 
-    def write_batch(self, **effects: Any) -> None:
+    def write_batch(self, **effects: Any) -> Refused:
         if self.failures:
             self.failures -= 1
             raise RedisConnectionError("Redis is away")
         self.writes.append(effects)
+        return Refused()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.unit.serving import (
 )
 from worker.arms import Arm, Judged, arm
 from worker.bundle import Bundle
-from worker.cache import PartitionKey, UserKey
+from worker.cache import PartitionKey, Refused, UserKey
 from worker.events import EventType, Records
 from worker.history import History, Shown
 from worker.lists import Compared
@@ -82,10 +82,11 @@ class MemoryRedis:
         recommendations: dict[UserKey, bytes],
         tallies: dict[PartitionKey, bytes],
         **_: Any,
-    ) -> None:
+    ) -> Refused:
         self.histories |= histories
         self.recommendations |= recommendations
         self.tallies |= tallies
+        return Refused()
 
     def tally(self, period: int = PERIOD) -> PartitionTally:
         return decode_tally(self.tallies.get(PLACE), period)
@@ -440,9 +441,9 @@ def compared(*, failed: bool = False) -> Compared:
 def test_a_tally_is_written_until_redis_has_it_and_then_no_more() -> None:
     trials = Trials(lambda place: None, Metrics())
     trials.compared(PLACE, PERIOD, compared())
-    assert trials.changes().keys() == trials.changes().keys() == {PLACE}
+    assert trials.changes({}).keys() == trials.changes({}).keys() == {PLACE}
     trials.written()
-    assert trials.changes() == {}
+    assert trials.changes({}) == {}
 
 
 def test_a_partition_taken_away_is_read_again() -> None:
@@ -452,9 +453,9 @@ def test_a_partition_taken_away_is_read_again() -> None:
     # It goes from one worker to another and back.
     for owner, failed in ((trials, False), (other, True), (trials, False)):
         owner.compared(PLACE, PERIOD, compared(failed=failed))
-        stored |= owner.changes()
+        stored |= owner.changes({})
         owner.clear()
-        assert owner.changes() == {}
+        assert owner.changes({}) == {}
     tally = decode_tally(stored[PLACE], PERIOD)
     assert (tally.scorings, tally.errors, tally.latency.count) == (3, 1, 3)
     assert tally.latency.mean == pytest.approx(0.693, abs=1e-3)
@@ -465,14 +466,14 @@ def test_scorings_of_all_partitions_are_summed() -> None:
     for partition in range(3):
         place = PartitionKey(POSTS, "events", partition)
         trials.compared(place, PERIOD, compared(failed=partition == 1))
-    found = merged((decode_tally(data, PERIOD) for data in trials.changes().values()), PERIOD)
+    found = merged((decode_tally(data, PERIOD) for data in trials.changes({}).values()), PERIOD)
     assert (found.period, found.scorings, found.errors) == (PERIOD, 3, 1)
 
 
 def test_a_stored_tally_of_another_trial_counts_for_nothing() -> None:
     trials = Trials(lambda place: None, Metrics())
     trials.compared(PLACE, PERIOD, compared())
-    found = decode_tally(trials.changes()[PLACE], PERIOD + 1)
+    found = decode_tally(trials.changes({})[PLACE], PERIOD + 1)
     assert (found.period, found.scorings) == (PERIOD + 1, 0)
 
 
@@ -484,5 +485,5 @@ def test_no_user_counts_without_bound() -> None:
         trials.note(PLACE, event("ann", "a"), history, PERIOD, judged)
     assert isinstance(history.record, UserRecord)
     assert history.record.events == 50
-    tally = decode_tally(trials.changes()[PLACE], PERIOD)
+    tally = decode_tally(trials.changes({})[PLACE], PERIOD)
     assert (tally.others.users, tally.others.events) == (1, 50)

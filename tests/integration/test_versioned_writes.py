@@ -1,0 +1,310 @@
+"""Redis keeps the newer of two writes, whoever comes last: marks and scripts on a real Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis import Redis
+
+from tests.unit.serving import total
+from worker.cache import Cache, PartitionKey, Refused, UserKey, history_key, recommendation_key
+from worker.events import Records, Surface
+from worker.history import History
+from worker.local.redis_server import RedisServer
+from worker.metrics import Metrics
+from worker.popularity import PopularityTable
+from worker.processor import Made, Processor
+from worker.rules import Rules
+from worker.settings import load_settings
+from worker.versions import Applied
+
+POSTS = Surface.POSTS
+ANN = UserKey("ann", POSTS)
+START_MS = 1_764_000_000_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as started:
+        assert isinstance(started, RedisServer)
+        yield started
+
+
+@pytest.fixture
+def cache(server: RedisServer) -> Iterator[Cache]:
+    with Redis.from_url(server.url) as client:
+        client.flushall()
+    made = Cache(
+        server.url,
+        timeout_ms=2000,
+        recommendations_ttl_s=60,
+        history_ttl_s=60,
+        forget_ttl_s=7,
+    )
+    yield made
+    made.close()
+
+
+def history(*applied: Applied, item: str = "") -> bytes:
+    """A stored history into which these records went, the newest last."""
+    return History(8, items=(item,) if item else (), applied=applied).to_bytes()
+
+
+def write(cache: Cache, data: bytes, made: bytes | None = None) -> bool:
+    """Whether Redis took a history and list of ann."""
+    lists = {} if made is None else {ANN: made}
+    refused = cache.write_batch(histories={ANN: data}, recommendations=lists, popularity={})
+    assert refused in (Refused(), Refused(users=[ANN]))
+    return not refused.users
+
+
+@pytest.mark.parametrize(
+    ("stored", "written", "taken"),
+    [
+        # Later in the same partition, the same once more, and earlier.
+        ([("events", 0, 7, 5)], [("events", 0, 8, 5)], True),
+        ([("events", 0, 7, 5)], [("events", 0, 7, 5)], True),
+        ([("events", 0, 7, 5)], [("events", 0, 6, 5)], False),
+        # Offsets are numbers, also where they need more bytes.
+        ([("events", 0, 255, 5)], [("events", 0, 256, 5)], True),
+        ([("events", 0, 2**40, 5)], [("events", 0, 3, 5)], False),
+        # A topic made anew: offsets from 0, later record times.
+        ([("events", 0, 7, 5)], [("events", 0, 0, 6)], True),
+        # Another partition or topic: taken by who knows of the record that Redis has last.
+        ([("events", 0, 7, 5)], [("events", 1, 9, 9)], False),
+        ([("events", 0, 7, 5)], [("other", 0, 9, 9)], False),
+        ([("events", 0, 7, 5)], [("events", 0, 7, 5), ("events", 1, 0, 1)], True),
+        ([("events", 0, 7, 5), ("events", 1, 0, 9)], [("events", 0, 8, 9)], False),
+        ([("events", 0, 6, 5), ("events", 1, 0, 9)], [("events", 1, 0, 9), ("events", 0, 7, 5)],
+         True),
+        # No record time (-1) in the topic.
+        ([("events", 0, 7, -1)], [("events", 0, 6, -1)], False),
+    ],
+)  # fmt: skip
+def test_a_write_that_lacks_the_last_record_of_what_is_stored_is_refused(
+    cache: Cache, stored: list[Applied], written: list[Applied], taken: bool
+) -> None:
+    first, second = history(*stored, item="first"), history(*written, item="second")
+    assert write(cache, first, b"first list")
+    assert write(cache, second, b"second list") is taken
+    expected = (second, b"second list") if taken else (first, b"first list")
+    assert cache.read_users([ANN]) == [expected]
+
+
+def test_what_the_release_before_wrote_is_overwritten(cache: Cache, server: RedisServer) -> None:
+    unmarked = msgspec.msgpack.encode([2, (), b"", (), b"", (("events", 0, 7, 5),), []])
+    with Redis.from_url(server.url) as client:
+        client.set(history_key(ANN), unmarked)
+    assert write(cache, history(("events", 0, 8, 5)))
+
+
+def test_a_history_without_a_list_leaves_the_list(cache: Cache) -> None:
+    write(cache, history(("events", 0, 7, 5)), b"a list")
+    write(cache, history(("events", 0, 8, 5)))
+    assert cache.read_users([ANN])[0][1] == b"a list"
+
+
+def test_what_is_erased_stays_so_against_late_writes_and_expires(
+    cache: Cache, server: RedisServer
+) -> None:
+    assert write(cache, history(("events", 0, 7, 5), item="secret"), b"a list")
+    empty = history(("events", 0, 8, 5))
+    effects: dict[str, Any] = {"histories": {}, "recommendations": {}, "popularity": {}}
+    for _ in range(2):
+        refused = cache.write_batch(**effects, forgotten={ANN: empty})
+        assert refused == Refused()
+        assert cache.read_users([ANN]) == [(empty, None)]
+    assert not write(cache, history(("events", 0, 7, 5), item="secret"), b"a list")
+    assert cache.read_users([ANN]) == [(empty, None)]
+    with Redis.from_url(server.url) as client:
+        assert 0 < client.ttl(history_key(ANN)) <= 7
+    assert write(cache, history(("events", 0, 9, 5), item="new"), b"a new list")
+
+
+def test_an_older_erasure_is_refused(cache: Cache) -> None:
+    newer = history(("events", 0, 9, 5), item="after")
+    write(cache, newer, b"a list")
+    refused = cache.write_batch(
+        histories={}, recommendations={}, popularity={},
+        forgotten={ANN: history(("events", 0, 8, 5))},
+    )  # fmt: skip
+    assert refused == Refused(users=[ANN])
+    assert cache.read_users([ANN]) == [(newer, b"a list")]
+
+
+def table(offset: int, time_ms: int, **weights: float) -> PopularityTable:
+    made = PopularityTable(half_life_ms=1000, max_items=100_000)
+    made.offset, made.record_time_ms = offset, time_ms
+    made.weights = dict(weights)
+    made.changed = set(weights)
+    return made
+
+
+def test_popularity_and_tallies_that_are_older_are_refused_too(cache: Cache) -> None:
+    place, other = PartitionKey(POSTS, "events", 0), PartitionKey(POSTS, "events", 1)
+
+    def put(offset: int, weight: float) -> Refused:
+        tally = {place: history(("events", 0, offset, 5))}
+        return cache.write_batch(
+            histories={}, recommendations={},
+            popularity={place: table(offset, 5, a=weight), other: table(offset, offset, b=weight)},
+            tallies=tally,
+        )  # fmt: skip
+
+    assert put(9, 1.0) == put(10, 2.0) == put(10, 2.0) == Refused()
+    late = put(8, 3.0)
+    assert late == Refused(popularity=[place, other], tallies=[place])
+    found = table(0, 0)
+    cache.read_popularity(place, found)
+    assert (found.offset, found.record_time_ms, found.weights) == (10, 5, {"a": 2.0})
+    assert cache.read_tallies([place]) == [history(("events", 0, 10, 5))]
+
+
+def test_a_large_table_is_written_whole(cache: Cache) -> None:
+    place = PartitionKey(POSTS, "events", 0)
+    changes = table(1, 5, **{f"item-{n}": float(n) for n in range(10_001)})
+    effects: dict[str, Any] = {"histories": {}, "recommendations": {}}
+    cache.write_batch(**effects, popularity={place: changes})
+    found = table(0, 0)
+    cache.read_popularity(place, found)
+    assert found.weights == changes.weights
+    changes.offset, changes.removed, changes.changed = 2, changes.changed, set()
+    cache.write_batch(**effects, popularity={place: changes})
+    empty = table(0, 0)
+    cache.read_popularity(place, empty)
+    assert (empty.offset, empty.weights) == (2, {})
+
+
+def test_a_redis_that_was_started_anew_is_given_its_scripts(
+    cache: Cache, server: RedisServer
+) -> None:
+    write(cache, history(("events", 0, 7, 5)))
+    with Redis.from_url(server.url) as client:
+        client.script_flush()
+    assert write(cache, history(("events", 0, 8, 5)), b"a list")
+    assert cache.read_users([ANN])[0][1] == b"a list"
+
+
+# -- two workers that both take themselves for the owner
+
+USERS = ("ann", "bob", "cat")
+#: One partition: at each offset, the event of one user.
+LOG = [
+    (
+        USERS[offset * 7 % 3],
+        f'{{"user_id":"{USERS[offset * 7 % 3]}","item_id":"item-{offset}","event_type":"view",'
+        f'"surface":"posts","timestamp":{START_MS + offset}}}'.encode(),
+    )
+    for offset in range(24)
+]
+
+
+def records(first: int, count: int) -> Records:
+    part = LOG[first : first + count]
+    return Records(
+        "events", 0, list(range(first, first + len(part))),
+        [user.encode() for user, _ in part], [value for _, value in part],
+        [START_MS] * len(part),
+    )  # fmt: skip
+
+
+class Worker:
+    """A processor that reads the log from `at` on."""
+
+    def __init__(self, server: RedisServer, at: int) -> None:
+        self.metrics = Metrics()
+        configured = load_settings(redis=server.url, cold_items_max=0, top_k=3)
+        self.processor = Processor(
+            configured,
+            cache=Cache.from_settings(configured),
+            models=cast(Any, SimpleNamespace(serving=lambda surface: None)),
+            rules=Rules(),
+            metrics=self.metrics,
+        )
+        self.at = at
+
+    def step(self, count: int) -> Made:
+        part = records(self.at, count)
+        self.at += len(part)
+        return self.processor.process([part])
+
+
+def stored_items(server: RedisServer) -> dict[str, list[str]]:
+    with Redis.from_url(server.url) as client:
+        found = {user: client.get(history_key(UserKey(user, POSTS))) for user in USERS}
+    return {
+        user: list(History.from_bytes(data, 100).items)
+        for user, data in found.items()
+        if isinstance(data, bytes)
+    }
+
+
+def origins(server: RedisServer) -> dict[str, int]:
+    with Redis.from_url(server.url) as client:
+        found = {user: client.get(recommendation_key(UserKey(user, POSTS))) for user in USERS}
+    return {
+        user: msgspec.json.decode(data)["origin"]["offset"]
+        for user, data in found.items()
+        if isinstance(data, bytes)
+    }
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    before=st.integers(0, 8),
+    steps=st.lists(st.tuples(st.sampled_from(["old", "new"]), st.integers(1, 6)), max_size=14),
+)
+def test_whoever_writes_last_no_event_is_missing_and_no_list_goes_back(
+    cache: Cache, server: RedisServer, before: int, steps: list[tuple[str, int]]
+) -> None:
+    with Redis.from_url(server.url) as client:
+        client.flushall()
+    old = Worker(server, 0)
+    if before:
+        old.step(before)
+    # Its partition moves on from what it committed, anything up to what it has done.
+    new = Worker(server, before // 2)
+    newest: dict[str, int] = {}
+    for who, count in steps:
+        (old if who == "old" else new).step(count)
+        listed = origins(server)
+        assert all(listed[user] >= offset for user, offset in newest.items())
+        newest = listed
+    new.step(len(LOG))
+    expected: dict[str, list[str]] = {user: [] for user in USERS}
+    for offset, (user, _) in enumerate(LOG):
+        expected[user].append(f"item-{offset}")
+    assert stored_items(server) == expected
+    last = {user: offset for offset, (user, _) in enumerate(LOG)}
+    assert origins(server) == last
+    found = table(0, 0)
+    cache.read_popularity(PartitionKey(POSTS, "events", 0), found)
+    assert found.offset == len(LOG) - 1
+    assert set(found.weights) == {f"item-{offset}" for offset in range(len(LOG))}
+
+
+def test_a_zombie_reads_again_what_it_could_not_write_and_says_so(
+    cache: Cache, server: RedisServer
+) -> None:
+    zombie, owner = Worker(server, 0), Worker(server, 0)
+    zombie.step(4)
+    owner.step(12)
+    made = zombie.step(2)
+    assert made.lists == []
+    assert total(zombie.metrics, "streamrec_stale_writes_total", kind="user") == 2
+    assert total(zombie.metrics, "streamrec_stale_writes_total", kind="popularity") == 1
+    # Counted once, as what they were when the batch came.
+    assert total(zombie.metrics, "streamrec_events_total") == 6
+    # It goes on from what the owner wrote, and so may well be the first with what comes next.
+    zombie.step(10)
+    assert stored_items(server) == {
+        user: [f"item-{n}" for n in range(16) if LOG[n][0] == user] for user in USERS
+    }
