@@ -205,10 +205,10 @@ LOG = [
 ]
 
 
-def records(first: int, count: int) -> Records:
+def records(first: int, count: int, partition: int = 0) -> Records:
     part = LOG[first : first + count]
     return Records(
-        "events", 0, list(range(first, first + len(part))),
+        "events", partition, list(range(first, first + len(part))),
         [user.encode() for user, _ in part], [value for _, value in part],
         [START_MS] * len(part),
     )  # fmt: skip
@@ -307,4 +307,21 @@ def test_a_zombie_reads_again_what_it_could_not_write_and_says_so(
     zombie.step(10)
     assert stored_items(server) == {
         user: [f"item-{n}" for n in range(16) if LOG[n][0] == user] for user in USERS
+    }
+
+
+def test_a_user_whose_events_moved_to_a_new_partition_keeps_those_of_both(
+    cache: Cache, server: RedisServer
+) -> None:
+    """Partitions were added: the last events of the old one, and the first of the new one, are
+    taken by two workers at once."""
+    old, new = Worker(server, 0), Worker(server, 0)
+    old.step(6)
+    new.processor.process([records(12, 6, partition=1)])
+    made = old.step(6)
+    assert total(old.metrics, "streamrec_stale_writes_total", kind="user") == 3
+    assert {one.user_id for one, _ in made.lists} == set(USERS)
+    new.processor.process([records(18, 6, partition=1)])
+    assert stored_items(server) == {
+        user: [f"item-{n}" for n in range(24) if LOG[n][0] == user] for user in USERS
     }
