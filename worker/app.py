@@ -164,6 +164,7 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
         batches=channel,
         demand=pipeline.demand,
         min_interval_s=settings.batch_interval_ms / 1000.0,
+        fetch_wait_ms=settings.fetch_wait_ms,
         max_in_flight_events=settings.max_in_flight_events,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         metrics=metrics,

@@ -126,6 +126,8 @@ class Worker:
             # A lone worker waits about half of this on the embedded broker before it may start.
             "rebalance-timeout-s": "6",
             "session-timeout-s": "10",
+            # It holds each fetch for so long, whatever comes in meanwhile.
+            "fetch-wait-ms": "5",
             **(flags or {}),
         }
         arguments = [part for name, value in own.items() for part in (f"--{name}", value)]
@@ -215,7 +217,7 @@ async def _replay_and_swap(
         swap.swapped_after = int(await asyncio.to_thread(worker.total, "streamrec_events"))
 
     started = time.monotonic()
-    with tqdm(total=len(events), unit=" events", desc="replaying") as progress:
+    with tqdm(total=len(events), unit=" events", desc="replaying", disable=None) as progress:
         swapping = asyncio.create_task(swap_halfway())
         await send_events(settings, iter(events), rate=PACED_RATE, on_sent=progress.update)
         await asyncio.to_thread(worker.wait_for_events, len(events))

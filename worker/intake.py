@@ -80,6 +80,14 @@ class RecordBatch:
 class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     """The thread that talks to Kafka; a failed commit is reported, not fatal."""
 
+    def _create_worker_consumer(self, transport: BatchTransport) -> Any:
+        """Faust's consumer, whose fetches wait as long as is set: Faust says 1,500 ms, always."""
+        consumer = super()._create_worker_consumer(transport)
+        # Read once, when the consumer starts.
+        assert consumer._fetch_max_wait_ms
+        consumer._fetch_max_wait_ms = transport.fetch_wait_ms
+        return consumer
+
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
         consumer = self._ensure_consumer()
         assignment = self.assignment()
@@ -304,6 +312,7 @@ class BatchTransport(driver.Transport):
             events in flight, and one fetch more.
         demand: set by the receiver when it wants records, cleared when it gets some.
         min_interval_s: shortest time from one fetch that brought something to the next.
+        fetch_wait_ms: longest that the broker holds a fetch that finds nothing.
         max_in_flight_events: events handed over and unfinished, beyond which fetching stops.
         shutdown_timeout_s: longest wait for started batches when partitions are given up.
         on_change: called with the assigned partitions, and with none when they are revoked.
@@ -320,6 +329,7 @@ class BatchTransport(driver.Transport):
         batches: ChannelT,
         demand: asyncio.Event,
         min_interval_s: float,
+        fetch_wait_ms: int,
         max_in_flight_events: int,
         shutdown_timeout_s: float,
         metrics: Metrics,
@@ -329,6 +339,7 @@ class BatchTransport(driver.Transport):
         self.batches = batches
         self.demand = demand
         self.min_interval_s = min_interval_s
+        self.fetch_wait_ms = fetch_wait_ms
         self.max_in_flight_events = max_in_flight_events
         self.shutdown_timeout_s = shutdown_timeout_s
         self.metrics = metrics

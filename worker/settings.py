@@ -270,6 +270,12 @@ class Settings(BaseSettings):
         description="Shortest time from one read that brought events to the next: later lists for"
         " less work where there is little to do.",
     )
+    fetch_wait_ms: int = Field(
+        100,
+        ge=1,
+        description="Longest that the broker holds a fetch that finds no event. Kafka answers as"
+        " soon as there is one; the embedded broker waits this long all the same.",
+    )
     publish_linger_ms: float = Field(
         10.0,
         ge=0.0,

@@ -27,6 +27,7 @@ def main(config: CaseConfig) -> None:
         batches=channel,
         demand=demand,
         min_interval_s=0.0,
+        fetch_wait_ms=100,
         max_in_flight_events=8192,
         shutdown_timeout_s=5.0,
         metrics=Metrics(),

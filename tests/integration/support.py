@@ -58,6 +58,7 @@ class World:
             "STREAMREC_TOPIC_PARTITIONS": str(PARTITIONS),
             "STREAMREC_REGISTRY": str(registry),
             "STREAMREC_SESSION_TIMEOUT_S": "6",
+            "STREAMREC_FETCH_WAIT_MS": "10",
             "STREAMREC_REBALANCE_TIMEOUT_S": "6",
             "STREAMREC_REGISTRY_POLL_S": "0.2",
             **{f"STREAMREC_{name.upper()}": value for name, value in settings.items()},

@@ -1,12 +1,13 @@
-"""What a fetch brings at a bad moment is read again."""
+"""What a fetch brings at a bad moment is read again; how long it waits."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from aiokafka import AIOKafkaConsumer
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 from faust.types import TP
 
@@ -191,3 +192,13 @@ def test_nothing_is_fetched_ahead_of_demand(
     consumer, thread = Paused(), BatchConsumerThread.__new__(BatchConsumerThread)
     asyncio.run(thread._fetch_records(consumer, {PLACE}, 1.0, 10))
     assert consumer.calls == calls
+
+
+def test_a_fetch_waits_as_long_as_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def made() -> Any:
+        consumer = AIOKafkaConsumer(fetch_max_wait_ms=1500)
+        monkeypatch.setattr(AIOKafkaConsumerThread, "_create_worker_consumer", lambda *_: consumer)
+        thread = BatchConsumerThread.__new__(BatchConsumerThread)
+        return thread._create_worker_consumer(cast(Any, SimpleNamespace(fetch_wait_ms=7)))
+
+    assert asyncio.run(made())._fetch_max_wait_ms == 7
