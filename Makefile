@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test docs faults fuzz lint format bench profile soak swaps train lock clean manifests
+.PHONY: help setup demo test docs faults fuzz audit lint format bench profile soak swaps train lock clean manifests
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -38,6 +38,9 @@ faults: $(STAMP) ## The fault matrix on Apache Kafka and Redis (ARGS="--only zom
 
 fuzz: $(STAMP) ## Feed decoders broken bytes (ARGS="--inputs 10000000 --engine atheris")
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+audit: $(STAMP) ## Licences, an SBOM (build/sbom.cdx.json) and known vulnerabilities of what ships
+	$(BIN)/python -m deploy.audit
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
