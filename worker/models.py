@@ -254,8 +254,19 @@ class Models:
         Raises:
             StreamrecError: the registry cannot be read, or the stable version not be loaded.
         """
+        before = self._serving.get(surface)
+        in_memory = {} if before is None else before.by_version
         if choice.version is None:
-            found, known = self._registry.refresh(choice.name)
+            unread = None
+            try:
+                found, known = self._registry.refresh(choice.name)
+            except StreamrecError as error:
+                if before is None:
+                    raise
+                # A rollback that is pushed must not wait for a registry: what it goes back to is
+                # in memory.
+                found, known, unread = None, tuple(in_memory), str(error)
+            self._complain(surface, "registry_unread", unread)
             self._known(choice.name, found)
             release = self._releases.get(choice.name)
             if (
@@ -272,8 +283,6 @@ class Models:
             release, known = None, tuple(self._registry.versions(choice.name))
         revision = 0 if release is None else release.revision
         wanted = plan(release, known, choice, where=self._registry.url)
-        before = self._serving.get(surface)
-        in_memory = {} if before is None else before.by_version
 
         def bundle(version: str) -> Bundle:
             return in_memory.get(version) or self._open(surface, choice.name, version, revision)

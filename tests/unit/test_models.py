@@ -390,6 +390,21 @@ def test_while_the_registry_is_away_all_goes_on_and_a_push_is_followed_later(
     assert roles(own) == {"stable": V1, "canary": V2}
 
 
+def test_a_pushed_rollback_is_followed_while_the_registry_is_away(
+    own: Models, registry: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = canary(registry)
+    refresh(own)
+    assert roles(own) == {"stable": V1, "canary": V2}
+    registry.away = True
+    own.note("posts", canary_ended(release, quarantine="bad", at=AT))
+    with caplog.at_level(logging.ERROR):
+        refresh(own)
+        refresh(own)
+    assert roles(own) == {"stable": V1}
+    assert [record.message.split()[0] for record in caplog.records] == ["registry_unread"]
+
+
 # -- pins
 
 
