@@ -18,7 +18,7 @@ import numpy as np
 from worker.errors import HistoryFormatError
 from worker.events import DELIBERATE_TYPES, Event, EventType, Surface
 from worker.quality import UserRecord
-from worker.versions import Applied, mark
+from worker.versions import Applied, Int64, mark
 
 Outcome = Literal["applied", "duplicate", "late"]
 
@@ -68,7 +68,7 @@ class StoredHistory1(msgspec.Struct, array_like=True, gc=False):
     hidden: list[str]
     event_ids: list[int]
     #: topic -> partition -> [last applied offset, its record time in ms].
-    applied: dict[str, dict[int, tuple[int, int]]]
+    applied: dict[str, dict[int, tuple[Int64, Int64]]]
     followed: list[str] = []
 
     def upgraded(self) -> StoredHistory:

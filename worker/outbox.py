@@ -113,7 +113,7 @@ def shorter_list(value: bytes, most_bytes: int) -> bytes:
     count = len(recommendations.items)
     while len(value) > most_bytes and count:
         # By the items' mean size; then on, if those that are left are longer ones.
-        count = min(count - 1, count * most_bytes // len(value))
+        count = count * most_bytes // len(value)
         recommendations = msgspec.structs.replace(
             recommendations,
             items=recommendations.items[:count],

@@ -16,9 +16,14 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Annotated
 
+import msgspec
+
+#: What Kafka counts in; anything may be stored, and marks hold no more.
+Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 #: Topic, partition, last applied offset, its record time in epoch milliseconds.
-Applied = tuple[str, int, int, int]
+Applied = tuple[str, int, Int64, Int64]
 
 _PLACE = struct.Struct(">8sqq")
 #: The mark of one partition, as nearly all have it.
