@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test docs faults fuzz audit lint format bench profile soak swaps train lock clean manifests
+.PHONY: help setup demo test docs faults fuzz audit lint format bench profile soak swaps train dashboards lock clean manifests
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -53,6 +53,9 @@ format: $(STAMP) ## Format the code
 
 docs: $(STAMP) ## Write the tables of settings and metrics in docs/ again, from the code
 	$(BIN)/python -m worker.reference docs/*.md
+
+dashboards: $(STAMP) ## Write the Grafana dashboards again, from deploy/grafana/generate.py
+	$(BIN)/python -m deploy.grafana.generate
 
 bench: $(STAMP) ## Compare the worker with other ways to do the same (ARGS=scale, ARGS=--help)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -24,6 +24,12 @@ def alerts() -> dict[str, dict[str, Any]]:
     return {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
 
+def exported() -> set[str]:
+    """Names of the series of a worker's own metrics."""
+    ends = "", "_total", "_bucket", "_count", "_sum"
+    return {family.name + end for family in Metrics().registry.collect() for end in ends}
+
+
 @pytest.mark.parametrize("name", ["tests.yml", "tests_days.yml"])
 def test_alerts_fire_when_they_should_and_only_then(name: str) -> None:
     tested = subprocess.run(
@@ -64,19 +70,11 @@ def test_every_alert_says_what_where_and_how_bad() -> None:
 
 
 def test_rules_ask_for_metrics_and_labels_that_there_are() -> None:
-    exported = {
-        sample
-        for family in Metrics().registry.collect()
-        for sample in (
-            family.name,
-            *(f"{family.name}_{end}" for end in ("total", "bucket", "count")),
-        )
-    }
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     for rule in rules():
         names = set(re.findall(r"[a-z_]*:?streamrec_[a-z_:0-9]+", rule["expr"]))
         assert names or "process_start" in rule["expr"]
-        assert names <= exported | recorded, rule
+        assert names <= exported() | recorded, rule
 
 
 def test_the_name_of_a_recording_rule_begins_with_the_labels_that_it_leaves() -> None:
