@@ -23,13 +23,18 @@ def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TansuBroker]:
         yield broker
 
 
-@pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+def real_kafka() -> None:
+    """Skip the test where no Apache Kafka can run, or fail it where one must."""
     missing = kafka_missing()
     if missing is not None:
         if os.environ.get("STREAMREC_REQUIRE_KAFKA"):
             pytest.fail(f"tests on a real Kafka are required here, and {missing} is missing")
         pytest.skip(f"not run on a real Kafka: {missing} is missing")
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+    real_kafka()
     with KafkaBroker(tmp_path_factory.mktemp("kafka")) as broker:
         assert isinstance(broker, KafkaBroker)
         yield broker

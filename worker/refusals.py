@@ -59,7 +59,7 @@ async def _probe(settings: Settings) -> str | None:
     found = None
     for address in settings.kafka.split(","):
         host, _, port = address.strip().rpartition(":")
-        brokers, reason = await _connect(settings, host.strip("[]"), int(port), listed=True)
+        brokers, reason = await _connect(settings, host.strip("[]"), int(port))
         found = found or reason
         for broker_host, broker_port in brokers:
             _, reason = await _connect(settings, broker_host, broker_port)
@@ -72,9 +72,9 @@ async def _probe(settings: Settings) -> str | None:
 
 
 async def _connect(
-    settings: Settings, host: str, port: int, *, listed: bool = False
+    settings: Settings, host: str, port: int
 ) -> tuple[list[tuple[str, int]], str | None]:
-    """Brokers known to this one (where `listed`), or why it refuses."""
+    """Brokers known to this one, or why it refuses."""
     try:
         connection: AIOKafkaConnection = await create_conn(
             host,
@@ -86,10 +86,12 @@ async def _connect(
     except (KafkaError, OSError, TimeoutError) as error:
         return [], _kafka_reason(settings, f"{host}:{port}", error)
     try:
-        if not listed:
-            return [], None
         answer = await connection.send(MetadataRequest([]))
-        return [(broker[1], broker[2]) for broker in answer.brokers], None
+        brokers = [(broker[1], broker[2]) for broker in answer.brokers]
+        if not brokers and settings.kafka_sasl_mechanism == OAUTHBEARER:
+            # The client does not look at the refusal of a token; what it sends next is answered so.
+            return [], _login_refused(settings, f"{host}:{port}")
+        return brokers, None
     except (KafkaError, OSError, TimeoutError) as error:
         return [], _kafka_reason(settings, f"{host}:{port}", error)
     finally:
@@ -105,18 +107,23 @@ def _kafka_reason(settings: Settings, place: str, error: BaseException) -> str |
     if isinstance(error, ssl.SSLError):
         return _tls_reason("Kafka", place, error)
     if isinstance(error, SaslAuthenticationFailed):
-        look = (
-            "the token, that is STREAMREC_KAFKA_OAUTH_...,"
-            if settings.kafka_sasl_mechanism == OAUTHBEARER
-            else "STREAMREC_KAFKA_USERNAME and STREAMREC_KAFKA_PASSWORD"
-        )
-        return f"Kafka at {place} refuses the login: correct {look}"
+        return _login_refused(settings, place)
     if isinstance(error, UnsupportedSaslMechanismError | IllegalSaslStateError):
         return (
             f"Kafka at {place} does not take this kind of login: correct"
             " STREAMREC_KAFKA_SASL_MECHANISM or STREAMREC_KAFKA_SECURITY"
         )
     return str(error) if isinstance(error, TokenError) else None
+
+
+def _login_refused(settings: Settings, place: str) -> str:
+    bearer = settings.kafka_sasl_mechanism == OAUTHBEARER
+    look = (
+        "the token, that is STREAMREC_KAFKA_OAUTH_..."
+        if bearer
+        else "STREAMREC_KAFKA_USERNAME and STREAMREC_KAFKA_PASSWORD"
+    )
+    return f"Kafka at {place} refuses the login: correct {look}"
 
 
 def redis_refusal(place: str, error: BaseException) -> str | None:

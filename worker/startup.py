@@ -79,9 +79,12 @@ async def ensure_topics(settings: Settings) -> None:
         if not missing:
             return
         if not settings.create_topics:
+            # Kafka does not tell a topic that is not there from one that a login may not see.
+            seen = "" if settings.kafka_security == "plaintext" else " that this login may see"
             raise BrokerError(
-                f"Kafka at {settings.kafka} has no topic {', '.join(missing)}: make"
+                f"Kafka at {settings.kafka} has no topic {', '.join(missing)}{seen}: make"
                 f" {'it' if len(missing) == 1 else 'them'}, or set STREAMREC_CREATE_TOPICS=true"
+                f"{', or grant what docs/security.md lists' if seen else ''}"
             )
         answer = await admin.create_topics([_new_topic(settings, name) for name in missing])
         for name, code, *message in answer.topic_errors:

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from worker.errors import LocalPartError
@@ -79,6 +79,9 @@ class KafkaBroker(LocalServer):
 
     Args:
         properties: further entries of server.properties.
+        listeners: further listeners by name, each with its port; `properties` say how they work.
+        java: further arguments of the Java machine.
+        format: further arguments of `kafka-storage format`, such as users of SCRAM.
     """
 
     def __init__(
@@ -86,10 +89,17 @@ class KafkaBroker(LocalServer):
         directory: Path,
         port: int | None = None,
         properties: Mapping[str, str] | None = None,
+        *,
+        listeners: Mapping[str, int] | None = None,
+        java: Sequence[str] = (),
+        format: Sequence[str] = (),
     ) -> None:
         super().__init__(directory, port)
         self._controller_port = free_port()
         self._properties = dict(properties or {})
+        self._listeners = dict(listeners or {})
+        self._java = list(java)
+        self._format = list(format)
 
     @property
     def bootstrap(self) -> str:
@@ -97,12 +107,17 @@ class KafkaBroker(LocalServer):
         return f"127.0.0.1:{self.port}"
 
     def _new_process(self) -> ManagedProcess:
+        served = ",".join(
+            [
+                f"PLAINTEXT://{self.bootstrap}",
+                *(f"{name}://127.0.0.1:{port}" for name, port in self._listeners.items()),
+            ]
+        )
         properties = {
             "process.roles": "broker,controller",
             "node.id": "1",
-            "listeners": f"PLAINTEXT://{self.bootstrap},"
-            f"CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
+            "listeners": f"{served},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": served,
             "controller.listener.names": "CONTROLLER",
             "controller.quorum.bootstrap.servers": f"127.0.0.1:{self._controller_port}",
             "log.dirs": str(self.directory / "data"),
@@ -117,13 +132,17 @@ class KafkaBroker(LocalServer):
         }
         file = self.directory / "server.properties"
         file.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
-        java = ["java", "-Xms128m", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{kafka_jars()}/*"]
+        java = [
+            "java", "-Xms128m", "-Xmx512m", "-XX:+UseSerialGC", *self._java,
+            "-cp", f"{kafka_jars()}/*",
+        ]  # fmt: skip
         if not (self.directory / "data" / "meta.properties").exists():
             cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
             made = subprocess.run(
                 [
                     *java, "kafka.tools.StorageTool", "format", "--standalone",
                     "--cluster-id", cluster.replace("-", "A"), "--config", str(file),
+                    *self._format,
                 ],
                 capture_output=True,
                 text=True,

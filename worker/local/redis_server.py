@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class RedisServer(LocalServer):
         persistent: keep an append-only file, synced at every write, so that a kill loses nothing.
             Without it a restart starts empty.
         arguments: further `redis-server` arguments, such as `--maxmemory 10mb`.
+        binary: another server than `redis_binary` finds.
+        env: further environment variables.
     """
 
     def __init__(
@@ -51,10 +53,14 @@ class RedisServer(LocalServer):
         *,
         persistent: bool = False,
         arguments: Sequence[str] = (),
+        binary: Path | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(directory, port)
         self._persistent = persistent
         self._arguments = list(arguments)
+        self._binary = binary
+        self._env = env
 
     @property
     def url(self) -> str:
@@ -70,7 +76,7 @@ class RedisServer(LocalServer):
         return ManagedProcess(
             "Redis",
             [
-                str(redis_binary()),
+                str(self._binary or redis_binary()),
                 "--bind",
                 "127.0.0.1",
                 "--port",
@@ -84,6 +90,7 @@ class RedisServer(LocalServer):
             ],
             log_path=self.directory / "redis.log",
             ready=self._answers,
+            env=self._env,
         )
 
     def _answers(self) -> bool:
