@@ -81,7 +81,8 @@ def _bound(text: str, extreme: str) -> Bound:
 
 
 def read_kafka(address: str, log: EventLog, bad: BadRecords, surface: str) -> str:
-    """Gather the events of a topic range; returns the sha256 of its values in order.
+    """Gather the events of a topic range; returns the sha256 of its values, and of the keys of
+    tombstones, in order.
 
     Reads one partition after the other, each up to where it ends at the start.
 
@@ -205,8 +206,8 @@ async def _read_partition(
         records = Records.of(
             place.topic, place.partition, [m for m in fetched.get(place, ()) if m.offset < end]
         )
-        for value in records.values:
-            digest.update(value or b"")
+        for key, value in zip(records.keys, records.values, strict=True):
+            digest.update(value if value is not None else b"\0" + (key or b""))
         intake.take(records, where)
         now = time.monotonic()
         reached = await consumer.position(place)
