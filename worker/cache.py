@@ -50,6 +50,7 @@ _WRITE_DIGEST, _WRITE_TABLE_DIGEST = digest(WRITE), digest(WRITE_TABLE)
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
 Command = tuple[str | bytes | int | float, ...]
+_LOAD_SCRIPTS: Sequence[Command] = (("SCRIPT", "LOAD", WRITE), ("SCRIPT", "LOAD", WRITE_TABLE))
 #: redis-py does the same after a look at each argument, which takes four times as long.
 _PACK = cast(Callable[[Command], bytes], hiredis.pack_command)
 
@@ -167,6 +168,11 @@ class Cache:
         """Raise unless Redis answers and takes commands."""
         self._run([("PING",)])
 
+    def check(self) -> None:
+        """Raise unless Redis answers, and lets the worker read and bring its scripts."""
+        nobody = history_key(UserKey("", Surface.POSTS))
+        self._run([("PING",), ("GET", nobody), *_LOAD_SCRIPTS])
+
     def read_users(self, keys: Sequence[UserKey]) -> list[tuple[bytes | None, bytes | None]]:
         """Stored history and recommendations of each of `keys`, in order; None where there is no
         such key."""
@@ -222,7 +228,7 @@ class Cache:
             replies = self._run(commands)
         except NoScriptError:
             # A Redis that was started anew. What was written meanwhile is written once more.
-            self._run([("SCRIPT", "LOAD", WRITE), ("SCRIPT", "LOAD", WRITE_TABLE)])
+            self._run(_LOAD_SCRIPTS)
             replies = self._run(commands)
         written = iter(replies)
         return Refused(

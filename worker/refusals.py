@@ -164,9 +164,4 @@ def _tls_reason(service: str, place: str, error: ssl.SSLError) -> str | None:
             f"{service} at {place} refuses the client's certificate ({error.reason}): correct"
             f" {prefix}_CERT_FILE and {prefix}_KEY_FILE"
         )
-    if error.reason == "WRONG_VERSION_NUMBER":
-        scheme = (
-            "STREAMREC_KAFKA_SECURITY" if service == "Kafka" else "rediss:// in STREAMREC_REDIS"
-        )
-        return f"{service} at {place} does not speak TLS: correct {scheme}"
     return None

@@ -47,7 +47,7 @@ async def prepare(settings: Settings) -> list[tuple[str, Release]]:
         log.warning("cleartext_login %s", sentence)
     try:
         await _wait(settings, "Kafka", settings.kafka, lambda: ensure_topics(settings))
-        await _wait(settings, "Redis", shown_url(settings), lambda: _ping(settings))
+        await _wait(settings, "Redis", shown_url(settings), lambda: check_redis(settings))
         releases: list[tuple[str, Release]] = []
         if settings.releases_topic:
             await _wait(settings, "Kafka", settings.kafka, lambda: _pushed(settings, releases))
@@ -111,10 +111,15 @@ def _new_topic(settings: Settings, name: str) -> NewTopic:
     return NewTopic(name, settings.topic_partitions, settings.topic_replication)
 
 
-async def _ping(settings: Settings) -> None:
+async def check_redis(settings: Settings) -> None:
+    """Ask whether Redis answers, and lets the worker work.
+
+    Raises:
+        RedisError, OSError: it does not.
+    """
     cache = Cache.from_settings(settings)
     try:
-        await asyncio.to_thread(cache.ping)
+        await asyncio.to_thread(cache.check)
     finally:
         cache.close()
 
