@@ -378,7 +378,7 @@ class Metrics:
         )
 
     def start_at_zero(self, surfaces: Iterable[Surface]) -> None:
-        """Export the counters that alerts watch before anything happens.
+        """Export what is counted seldom, and watched, before anything happens.
 
         A counter that appears with its first event appears as 1: to `increase()` nothing happened.
 
@@ -389,6 +389,8 @@ class Metrics:
             self.dead_letters.labels(letter.value)
         for result in ("ok", "failed"):
             self.commits.labels(result)
+        for phase in ("load", "switch"):
+            self.swap_seconds.labels(phase)
         for surface in surfaces:
             self.swaps.labels(surface.value)
             for refusal in Refusal:
