@@ -79,12 +79,25 @@ capabilities:
 {{- end }}
 {{- end }}
 
-{{- define "streamrec.redisEnv" -}}
-{{- with .Values.redis.existingSecret }}
-- name: STREAMREC_REDIS
-  valueFrom:
-    secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.redis.secretKey }}
+{{/* What the settings' *_FILE variables name, from the secrets that the values name. */}}
+{{- define "streamrec.secretSources" -}}
+{{- $kafka := .Values.kafka.security }}
+{{- $redis := .Values.redis }}
+{{- range list
+  (list $kafka.passwordSecret $kafka.passwordKey "kafka/password")
+  (list $kafka.caSecret $kafka.caKey "kafka/ca.crt")
+  (list $kafka.certificateSecret $kafka.certificateKey "kafka/tls.crt")
+  (list $kafka.certificateSecret $kafka.privateKeyKey "kafka/tls.key")
+  (list $kafka.oauth.clientSecret $kafka.oauth.clientSecretKey "kafka/client-secret")
+  (list $redis.existingSecret $redis.secretKey "redis/url")
+  (list $redis.passwordSecret $redis.passwordKey "redis/password")
+  (list $redis.caSecret $redis.caKey "redis/ca.crt")
+}}
+{{- if index . 0 }}
+- secret:
+    name: {{ index . 0 }}
+    items:
+      - {key: {{ index . 1 }}, path: {{ index . 2 }}}
+{{- end }}
 {{- end }}
 {{- end }}
