@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help setup demo test docs faults fuzz audit lint format bench profile soak swaps train dashboards lock clean manifests
+.PHONY: help setup demo test docs docs-check faults fuzz audit lint format bench profile soak swaps train dashboards lock clean manifests
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -56,6 +56,9 @@ docs: $(STAMP) ## Write the tables of settings and metrics in docs/ again, from 
 
 dashboards: $(STAMP) ## Write the Grafana dashboards again, from deploy/grafana/generate.py
 	$(BIN)/python -m deploy.grafana.generate
+
+docs-check: $(STAMP) ## Run every command of the documentation in full; hours
+	STREAMREC_DOCS_LONG=1 $(BIN)/python -m pytest tests/docs $(ARGS)
 
 bench: $(STAMP) ## Compare the worker with other ways to do the same (ARGS=scale, ARGS=--help)
 	$(BIN)/python -m benchmarks $(ARGS)
