@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.faults.cells import CELLS
-from tests.faults.harness import Parts, Result, as_json, run_cell
-from worker.local.kafka import KafkaBroker, kafka_missing
+from tests.faults.harness import Cell, Parts, Result, as_json, run_cell
+from worker.local.kafka import KafkaBroker, KafkaCluster, kafka_missing
 
 
 def main() -> int:
@@ -30,15 +31,9 @@ def main() -> int:
     if missing is not None:
         _say(f"the matrix needs a real Kafka, and {missing} is missing")
         return 69
-    results: list[Result] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="streamrec-faults-") as folder,
-        KafkaBroker(Path(folder) / "kafka") as broker,
-    ):
-        assert isinstance(broker, KafkaBroker)
-        for cell in chosen:
-            mutation = cell.mutation if options.mutations else None
-            result = run_cell(cell, Parts(broker), Path(folder) / cell.name, mutation=mutation)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="streamrec-faults-") as folder:
+        for result in _run(chosen, Path(folder), mutate=options.mutations):
             results.append(result)
             _say(_line(result))
             for failure in result.failures()[:8]:
@@ -47,6 +42,27 @@ def main() -> int:
     target.parent.mkdir(exist_ok=True)
     target.write_text(as_json(results))
     return int(any(result.green == options.mutations for result in results))
+
+
+def _run(cells: Sequence[Cell], directory: Path, *, mutate: bool) -> Iterator[Result]:
+    """Those on one broker first, then those on three."""
+    alone = [cell for cell in cells if not cell.cluster]
+    together = [cell for cell in cells if cell.cluster]
+    if alone:
+        with KafkaBroker(directory / "kafka") as broker:
+            assert isinstance(broker, KafkaBroker)
+            yield from _run_on(Parts(broker=broker), alone, directory, mutate=mutate)
+    if together:
+        with KafkaCluster(directory / "cluster") as cluster:
+            yield from _run_on(Parts(cluster=cluster), together, directory, mutate=mutate)
+
+
+def _run_on(
+    parts: Parts, cells: Sequence[Cell], directory: Path, *, mutate: bool
+) -> Iterator[Result]:
+    for cell in cells:
+        mutation = cell.mutation if mutate else None
+        yield run_cell(cell, parts, directory / cell.name, mutation=mutation)
 
 
 def _line(result: Result) -> str:

@@ -76,6 +76,8 @@ class Evidence:
     lists: Mapping[User, List]
     #: The recommendations topic; each partition's records in their order.
     published: Sequence[List]
+    #: Null values on that topic: who, and where their tombstone lies.
+    erasures: Sequence[tuple[str, Place]]
     dead_letters: Sequence[DeadLetter]
     #: Next offset to read, and to write, by partition.
     committed: Mapping[int, int]
@@ -96,7 +98,7 @@ class Verdict:
     #: Good events whose effects are all there.
     applied: int
     dead_letters: int
-    #: Lists and dead letters that were published again, for the same event.
+    #: What was published again for the same record: lists, dead letters, null values.
     repeats: int
     #: Lists published after one of a later event of the same user.
     steps_back: int
@@ -125,12 +127,14 @@ def check(evidence: Evidence) -> Verdict:
     lost = sum(one.count for one in violations if one.kind in LOSSES)
     origins = Counter((one.user, one.origin) for one in evidence.published)
     letters = Counter(one.origin for one in evidence.dead_letters)
+    erasures = Counter(evidence.erasures)
+    published = (origins, letters, erasures)
     return Verdict(
         violations,
         events=len(evidence.log),
         applied=max(0, len(good) - lost),
         dead_letters=len(letters),
-        repeats=sum(origins.values()) - len(origins) + sum(letters.values()) - len(letters),
+        repeats=sum(one.total() - len(one) for one in published),
         steps_back=_steps_back(evidence.published),
         lost=lost,
     )
@@ -201,6 +205,10 @@ def _lists(evidence: Evidence, expected: Outcome) -> Iterator[Violation]:
     """The last list is that of the user's last event, and shows nothing that they know or hid."""
     for user, wanted in expected.users.items():
         made = evidence.lists.get(user)
+        if wanted.erased:
+            if made is not None:
+                yield Violation("list_kept", f"{_name(user)} was erased at {wanted.last}: {made}")
+            continue
         if made is None:
             yield Violation("list_missing", f"{_name(user)} has no list in Redis")
             continue
@@ -219,13 +227,17 @@ def _published(evidence: Evidence, expected: Outcome) -> Iterator[Violation]:
         origins.setdefault(one.user, set()).add(one.origin)
     for user, wanted in expected.users.items():
         found = origins.pop(user, set())
-        if wanted.last not in found:
+        if wanted.last not in found and not wanted.erased:
             yield Violation("unpublished", f"{_name(user)}: no list of {wanted.last}")
         strange = found.difference(wanted.places)
         if strange:
             yield Violation("published_strange", f"{_name(user)}: lists of {_some(strange)}")
     for user in origins:
         yield Violation("published_strange", f"{_name(user)} has lists and no event")
+    for user_id, place in set(expected.erased).difference(evidence.erasures):
+        yield Violation("unpublished", f"no null value for {user_id}, erased at {place}")
+    for user_id, place in set(evidence.erasures).difference(expected.erased):
+        yield Violation("published_strange", f"a null value for {user_id}, of {place}")
 
 
 def _dead_letters(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from tests.faults.checker import DeadLetter, Evidence, List, StoredUser
@@ -30,9 +29,11 @@ def gather(world: World, load: Load) -> Evidence:
     for record in log:
         place = record.place
         ends[place.partition] = max(ends[place.partition], place.offset + 1)
+    output = world.read(world.recommendations)
     cache = Cache.from_settings(settings)
     try:
-        users = _users([*load.accepted.values(), *load.doubtful.values()])
+        sent = [*load.accepted.values(), *load.doubtful.values()]
+        users = list({user: None for one in sent for user in one.users})
         stored, lists = _of_users(cache, users, settings.history_length)
         popularity = _popularity(cache, world.events)
     finally:
@@ -43,7 +44,8 @@ def gather(world: World, load: Load) -> Evidence:
         log=log,
         stored=stored,
         lists=lists,
-        published=[_list(json.loads(one.value)) for one in world.read(world.recommendations)],
+        published=[_list(json.loads(one.value)) for one in output if one.value is not None],
+        erasures=[_erasure(one) for one in output if one.value is None],
         dead_letters=[_dead_letter(one) for one in world.read(world.dead_letters)],
         committed=world.committed(),
         ends=ends,
@@ -56,15 +58,6 @@ def gather(world: World, load: Load) -> Evidence:
 def _log_record(record: Any) -> LogRecord:
     number = int(dict(record.headers)[NUMBER])
     return LogRecord(Place(record.partition, record.offset), number, record.key, record.value)
-
-
-def _users(planned: Iterable[Any]) -> list[User]:
-    found = {}
-    for one in planned:
-        if one.reason is None:
-            body = json.loads(one.value)
-            found[User(body["user_id"], body["surface"])] = None
-    return list(found)
 
 
 def _of_users(
@@ -105,11 +98,18 @@ def _list(body: dict[str, Any]) -> List:
     )
 
 
+def _erasure(record: Any) -> tuple[str, Place]:
+    return record.key.decode(), _origin(_headers(record))
+
+
 def _dead_letter(record: Any) -> DeadLetter:
-    headers = {name: value.decode() for name, value in record.headers}
-    return DeadLetter(
-        Place(int(headers["origin_partition"]), int(headers["origin_offset"])),
-        headers["reason"],
-        record.key,
-        record.value,
-    )
+    headers = _headers(record)
+    return DeadLetter(_origin(headers), headers["reason"], record.key, record.value)
+
+
+def _headers(record: Any) -> dict[str, str]:
+    return {name: value.decode() for name, value in record.headers}
+
+
+def _origin(headers: dict[str, str]) -> Place:
+    return Place(int(headers["origin_partition"]), int(headers["origin_offset"]))

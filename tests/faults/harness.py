@@ -28,7 +28,7 @@ from tests.faults.plan import MAX_BYTES, Plan
 from tests.faults.sampler import Sampler, longest_gap_s, recovered_at
 from tests.integration.support import PARTITIONS, WorkerProcess, World, eventually
 from worker.errors import LocalPartError
-from worker.local.kafka import KafkaBroker
+from worker.local.kafka import KafkaBroker, KafkaCluster
 from worker.local.redis_server import RedisServer
 
 #: Events a second of a steady load.
@@ -74,15 +74,24 @@ class Cell:
     most_repeats: int | None = None
     #: Whether it needs three brokers.
     cluster: bool = False
+    #: Whether the registry is a store, of which workers keep a copy in `mirror`.
+    mirrored: bool = False
     #: Arguments of redis-server.
     redis: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What outlives a cell: brokers (one, or of a cluster the first)."""
+    """What outlives a cell: one broker, or a cluster for those that need it."""
 
-    broker: KafkaBroker
+    broker: KafkaBroker | None = None
+    cluster: KafkaCluster | None = None
+
+    def kafka(self, cell: Cell) -> KafkaBroker | KafkaCluster:
+        """What a cell runs on."""
+        found = self.cluster if cell.cluster else self.broker
+        assert found is not None
+        return found
 
 
 class Scene:
@@ -95,7 +104,6 @@ class Scene:
         self.world = world
         self.load = load
         self.parts = parts
-        self.broker = parts.broker
         self.redis: RedisServer = world.redis
         self.sampler = Sampler(world.broker.bootstrap, world.name, world.events, PARTITIONS)
         self.workers: list[WorkerProcess] = []
@@ -103,6 +111,12 @@ class Scene:
         #: When the fault began and was over, in `time.monotonic()`.
         self.began_at = self.ended_at = 0.0
         self._mutation = mutation
+
+    @property
+    def broker(self) -> KafkaBroker:
+        """The only broker."""
+        assert self.parts.broker is not None
+        return self.parts.broker
 
     def worker(self, env: Mapping[str, str] | None = None, **settings: str) -> WorkerProcess:
         """Start one more worker and wait until it is ready.
@@ -198,11 +212,15 @@ def run_cell(cell: Cell, parts: Parts, directory: Path, *, mutation: str | None 
     tiny_bundle(directory / "registry" / "posts" / "v1")
     with RedisServer(directory / "redis", persistent=True, arguments=cell.redis) as redis:
         assert isinstance(redis, RedisServer)
-        world = World(
-            directory, parts.broker, redis, directory / "registry",
-            **{**SETTINGS, **cell.settings},
-        )  # fmt: skip
-        load = Load(parts.broker.bootstrap, world.events, cell.plan, cell.rate)
+        kafka = parts.kafka(cell)
+        settings = {**SETTINGS, **cell.settings}
+        if cell.cluster:
+            settings["topic_replication"] = "3"
+        if cell.mirrored:
+            settings["registry"] = f"simplecache::file://{directory}/registry"
+            settings["registry_mirror_dir"] = str(directory / "mirror")
+        world = World(directory, kafka, redis, directory / "registry", **settings)
+        load = Load(kafka.bootstrap, world.events, cell.plan, cell.rate)
         scene = Scene(cell, world, load, mutation, parts)
         try:
             _play(scene)

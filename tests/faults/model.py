@@ -14,6 +14,7 @@ from math import log2
 from typing import Any, NamedTuple
 
 _DELIBERATE = {"like", "comment", "share", "follow"}
+_SURFACES = ("posts", "friends", "ads")
 _WEIGHTS = {"view": 1, "click": 1, "like": 2, "comment": 3, "share": 4, "follow": 4, "hide": 0}
 
 
@@ -55,12 +56,15 @@ class Expected:
     last: Place = NOWHERE
     #: All of them, in order.
     places: list[Place] = field(default_factory=list)
+    #: Whether the last record was a tombstone.
+    erased: bool = False
     _ids: list[str] = field(default_factory=list)
 
     def take(self, event: dict[str, Any], place: Place, length: int) -> None:
         """Take one event in."""
         self.last = place
         self.places.append(place)
+        self.erased = False
         event_id = event.get("event_id")
         if event_id is not None:
             if event_id in self._ids:
@@ -81,6 +85,12 @@ class Expected:
         elif earlier or len(later) < length:
             self.entries = [*earlier, (item, at_ms), *later][-length:]
 
+    def erase(self, place: Place) -> None:
+        """Forget all but the place."""
+        self.last = place
+        self.erased = True
+        self.entries, self.hidden, self._ids = [], [], []
+
 
 @dataclass
 class Outcome:
@@ -89,6 +99,8 @@ class Outcome:
     users: dict[User, Expected] = field(default_factory=dict)
     #: By surface and partition: weight of each item, as base-2 logarithm.
     popularity: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
+    #: Tombstones: who, and where.
+    erased: list[tuple[str, Place]] = field(default_factory=list)
 
 
 def outcome(records: Iterable[LogRecord], *, length: int, half_life_ms: float) -> Outcome:
@@ -96,7 +108,13 @@ def outcome(records: Iterable[LogRecord], *, length: int, half_life_ms: float) -
     made = Outcome()
     times: dict[tuple[str, int], dict[str, list[tuple[int, int]]]] = {}
     for record in records:
-        event = json.loads(record.value or b"")
+        if record.value is None:
+            user_id = (record.key or b"").decode()
+            made.erased.append((user_id, record.place))
+            for surface in _SURFACES:
+                made.users.setdefault(User(user_id, surface), Expected()).erase(record.place)
+            continue
+        event = json.loads(record.value)
         user = User(event["user_id"], event["surface"])
         made.users.setdefault(user, Expected()).take(event, record.place, length)
         weight = _WEIGHTS[event["event_type"]]

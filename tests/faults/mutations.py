@@ -1,13 +1,21 @@
-"""Code broken on purpose: each mutation turns the cells that name it red, or the matrix proves
-nothing. Applied inside a worker process by `injected.py`."""
+"""Code broken on purpose: each cell names a mutation that turns it red, or the matrix would prove
+nothing. Applied inside a worker process by `injected.py`; `make faults ARGS=--mutations` runs every
+cell with its own."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tests.faults.injected import replace
+
+#: Seconds after which those give up or drop who may not.
+IMPATIENT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,131 @@ def _forget_offsets() -> None:
     replace("worker.history:History._advance", advance)
 
 
+def _forget_event_ids() -> None:
+    replace("worker.history:History._note_id", lambda _: lambda history, event_id: True)
+
+
+def _order_by_arrival() -> None:
+    def insert(function: Any) -> Any:
+        def run(history: Any, item: str, timestamp_ms: int) -> Any:
+            newest = history.timestamps[-1] if history.timestamps else timestamp_ms
+            return function(history, item, max(newest, timestamp_ms))
+
+        return run
+
+    replace("worker.history:History._insert", insert)
+
+
+def _keep_cache() -> None:
+    replace("worker.processor:Processor.forget", lambda _: lambda processor: None)
+
+
+def _no_drain() -> None:
+    async def wait_empty(consumer: Any) -> None:
+        """Give partitions up at once, with what is in hand."""
+
+    replace("worker.intake:BatchConsumer.wait_empty", lambda _: wait_empty)
+
+
+def _drop_rejected() -> None:
+    def publish(function: Any) -> Any:
+        async def run(pipeline: Any, made: Any) -> None:
+            for one in made:
+                one.rejected.clear()
+            await function(pipeline, made)
+
+        return run
+
+    replace("worker.pipeline:Pipeline._publish", publish)
+
+
+def _give_up_publishing() -> None:
+    def send(function: Any) -> Any:
+        async def run(outbox: Any, records: Any) -> None:
+            try:
+                await asyncio.wait_for(function(outbox, records), IMPATIENT_S)
+            except (TimeoutError, OSError):
+                return
+
+        return run
+
+    replace("worker.outbox:Outbox.send", send)
+
+
+def _failed_write_is_done() -> None:
+    def write(function: Any) -> Any:
+        from worker.cache import REDIS_FAILURES
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except REDIS_FAILURES:
+                return None
+
+        return run
+
+    replace("worker.cache:Cache.write_batch", write)
+
+
+def _no_backpressure() -> None:
+    async def wait_for_room(consumer: Any, fetcher: Any) -> None:
+        """There is always room."""
+
+    replace("worker.intake:BatchConsumer._wait_for_room", lambda _: wait_for_room)
+
+
+def _drop_when_behind() -> None:
+    def process(function: Any) -> Any:
+        def run(processor: Any, batches: Any) -> Any:
+            oldest_ms = time.time() * 1000 - IMPATIENT_S * 1000
+            return function(processor, [one for one in batches if one.timestamps_ms[0] > oldest_ms])
+
+        return run
+
+    replace("worker.processor:Processor.process", process)
+
+
+def _wall_clock() -> None:
+    import worker.app
+    import worker.health
+    import worker.intake
+
+    walled = SimpleNamespace(time=lambda: time.time(), monotonic=lambda: time.time())
+    for module in (worker.app, worker.health, worker.intake):
+        module.time = walled  # type: ignore[attr-defined]
+
+
+def _failed_refresh_is_fatal() -> None:
+    def refresh(function: Any) -> Any:
+        async def run(models: Any) -> None:
+            try:
+                await function(models)
+            except Exception:
+                os._exit(70)
+
+        return run
+
+    replace("worker.models:Models.refresh", refresh)
+
+
 MUTATIONS = {
-    "commit_at_start": Mutation("offsets are finished before their effects", _commit_at_start),
-    "forget_offsets": Mutation("a history takes a record again", _forget_offsets),
+    "commit_at_start": Mutation("a batch counts as finished before its effects", _commit_at_start),
+    "forget_offsets": Mutation("a history takes a record that it knows", _forget_offsets),
+    "forget_event_ids": Mutation("event ids are not remembered", _forget_event_ids),
+    "order_by_arrival": Mutation("histories are in order of arrival", _order_by_arrival),
+    "keep_cache": Mutation("histories in memory outlive a rebalance", _keep_cache),
+    "no_drain": Mutation("partitions are given up at once", _no_drain),
+    "drop_rejected": Mutation("no dead letters", _drop_rejected),
+    "give_up_publishing": Mutation(
+        f"a publish is given up after {IMPATIENT_S:.0f} s", _give_up_publishing
+    ),
+    "failed_write_is_done": Mutation("a failed write to Redis passes", _failed_write_is_done),
+    "no_backpressure": Mutation("reading never pauses", _no_backpressure),
+    "drop_when_behind": Mutation(
+        f"events older than {IMPATIENT_S:.0f} s are passed over", _drop_when_behind
+    ),
+    "wall_clock": Mutation("timers go by the wall clock", _wall_clock),
+    "failed_refresh_is_fatal": Mutation(
+        "a version that cannot be had ends the worker", _failed_refresh_is_fatal
+    ),
 }

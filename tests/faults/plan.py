@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass
 
 from tests.conftest import ITEMS
-from worker.events import Reason
+from tests.faults.model import User
+from worker.events import Reason, Surface
 
 #: Larger values are dead letters in every cell (`event_max_bytes`), so that small ones can be.
 MAX_BYTES = 2048
@@ -30,6 +31,16 @@ class Planned:
     #: Why it is a dead letter; None where it is a good event.
     reason: Reason | None
 
+    @property
+    def users(self) -> list[User]:
+        """Whom a good record is about; a tombstone is about its user on all surfaces."""
+        if self.reason is not None:
+            return []
+        if self.value is None:
+            return [User((self.key or b"").decode(), surface.value) for surface in Surface]
+        body = json.loads(self.value)
+        return [User(body["user_id"], body["surface"])]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,6 +55,8 @@ class Plan:
         poison: share of records that break the contract, for all reasons in turn.
         repeats: share of records that repeat an earlier one of the same user, event id and all.
         spread_ms: how far the events' times are thrown about, in milliseconds.
+        base_ms: epoch milliseconds of the events.
+        erase: share of records that are tombstones.
     """
 
     seed: int = 1
@@ -51,12 +64,17 @@ class Plan:
     poison: float = 0.0
     repeats: float = 0.0
     spread_ms: int = 0
+    base_ms: int = BASE_MS
+    erase: float = 0.002
 
     def at(self, number: int) -> Planned:
         """The record of a number."""
         draw = random.Random(f"{self.seed}.{number}")
         if draw.random() < self.poison:
             return self._poison(number)
+        if draw.random() < self.erase:
+            user = f"user-{draw.randrange(self.users)}"
+            return Planned(number, user.encode(), None, None)
         if draw.random() < self.repeats and number > 20:
             # One that was sent a moment ago, so that its id is remembered still.
             return self._good(number, self._body(number - draw.randrange(1, 20)))
@@ -68,7 +86,7 @@ class Plan:
     def _body(self, number: int) -> dict[str, object]:
         draw = random.Random(f"{self.seed}.{number}.body")
         user = draw.randrange(self.users)
-        at_ms = BASE_MS + (number if user % 2 else 0)
+        at_ms = self.base_ms + (number if user % 2 else 0)
         if self.spread_ms:
             at_ms += draw.randrange(-self.spread_ms, self.spread_ms)
         body: dict[str, object] = {

@@ -14,5 +14,5 @@ from worker.local.kafka import KafkaBroker
 @pytest.mark.kafka
 @pytest.mark.parametrize("cell", [one for one in CELLS if one.short], ids=lambda cell: cell.name)
 def test_nothing_is_lost_nor_done_twice(cell: Cell, tmp_path: Path, kafka: KafkaBroker) -> None:
-    result = run_cell(cell, Parts(kafka), tmp_path)
+    result = run_cell(cell, Parts(broker=kafka), tmp_path)
     assert result.failures() == []

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import TopicPartition
 from redis import Redis
 
-from worker.local.kafka import KafkaBroker
+from worker.local.kafka import KafkaBroker, KafkaCluster
 from worker.local.process import ManagedProcess, free_port
 from worker.local.redis_server import RedisServer
 from worker.local.tansu import TansuBroker
@@ -33,7 +33,7 @@ class World:
     def __init__(
         self,
         directory: Path,
-        broker: TansuBroker | KafkaBroker,
+        broker: TansuBroker | KafkaBroker | KafkaCluster,
         redis: RedisServer,
         registry: Path,
         **settings: str,

@@ -17,6 +17,7 @@ from tests.faults.model import LogRecord, Outcome, Place, User, outcome
 from tests.faults.plan import BASE_MS, POISON, Plan, Planned
 from tests.faults.sampler import Sample, longest_gap_s, recovered_at
 from worker.events import Decoder, Reason, Records
+from worker.forget import erased, keys_of
 from worker.history import History
 from worker.popularity import PopularityTable
 
@@ -51,8 +52,13 @@ def flawless(plan: Plan) -> Evidence:
             user: StoredUser(one.entries, one.hidden, {one.last.partition: one.last.offset})
             for user, one in made.users.items()
         },
-        lists={user: List(user, one.last, ["new"]) for user, one in made.users.items()},
+        lists={
+            user: List(user, one.last, ["new"])
+            for user, one in made.users.items()
+            if not one.erased
+        },
         published=[List(user, place) for user, one in made.users.items() for place in one.places],
+        erasures=made.erased,
         dead_letters=[
             DeadLetter(one.place, reason.value, one.key, one.value)
             for one in log
@@ -66,9 +72,11 @@ def flawless(plan: Plan) -> Evidence:
     )
 
 
-PLAN = Plan(users=10, poison=0.1, repeats=0.1)
+PLAN = Plan(users=10, poison=0.1, repeats=0.1, erase=0.01)
 CLEAN = flawless(PLAN)
-USER = User("user-3", "posts")
+#: With a history of some length, and one whose last record is a tombstone.
+USER = max(CLEAN.lists, key=lambda user: len(CLEAN.stored[user].entries))
+ERASED = next(user for user in CLEAN.stored if user not in CLEAN.lists)
 STORED, MADE = CLEAN.stored[USER], CLEAN.lists[USER]
 
 
@@ -131,6 +139,17 @@ PLANTED: dict[str, tuple[str, Callable[[], Evidence]]] = {
     "a list of nobody was published": (
         "published_strange", lambda: replace(
             CLEAN, published=[*CLEAN.published, List(User("x", "ads"), MADE.origin)])),
+    "the list of an erased user was kept": (
+        "list_kept", lambda: replace(
+            CLEAN, lists={**CLEAN.lists, ERASED: List(ERASED, MADE.origin, [])})),
+    "an erased user has a history again": (
+        "foreign", lambda: replace(CLEAN, stored={
+            **CLEAN.stored, ERASED: replace(CLEAN.stored[ERASED], entries=[("old", 1)])})),
+    "an erasure was not published": (
+        "unpublished", lambda: replace(CLEAN, erasures=CLEAN.erasures[1:])),
+    "an erasure was published of nobody": (
+        "published_strange", lambda: replace(
+            CLEAN, erasures=[*CLEAN.erasures, ("x", MADE.origin)])),
     "a dead letter is missing": (
         "dead_letter_missing", lambda: replace(CLEAN, dead_letters=CLEAN.dead_letters[1:])),
     "a dead letter says another reason": (
@@ -193,12 +212,13 @@ def test_the_poison_of_a_plan_is_refused_for_the_reasons_it_names() -> None:
     seed=st.integers(0, 10_000),
     repeats=st.floats(0.0, 0.5),
     spread_ms=st.sampled_from([0, 5, 10_000]),
+    erase=st.sampled_from([0.0, 0.1]),
     length=st.integers(1, 12),
 )
 def test_the_model_agrees_with_the_workers_histories_and_counts(
-    seed: int, repeats: float, spread_ms: int, length: int
+    seed: int, repeats: float, spread_ms: int, erase: float, length: int
 ) -> None:
-    plan = Plan(seed=seed, users=2, repeats=repeats, spread_ms=spread_ms)
+    plan = Plan(seed=seed, users=2, repeats=repeats, spread_ms=spread_ms, erase=erase)
     _, log = logged(plan, 60)
     made = outcome(log, length=length, half_life_ms=HALF_LIFE_MS)
     histories: dict[User, History] = {}
@@ -208,7 +228,16 @@ def test_the_model_agrees_with_the_workers_histories_and_counts(
         records = Records(
             "t", one.place.partition, [one.place.offset], [one.key], [one.value], [BASE_MS]
         )
-        (event,) = decoder.decode(records, now_ms=BASE_MS + 3_600_000).events
+        decoded = decoder.decode(records, now_ms=BASE_MS + 3_600_000)
+        for tombstone in decoded.tombstones:
+            for key in keys_of(tombstone.user_id):
+                user = User(key.user_id, key.surface.value)
+                left = erased(histories.get(user, History(length)), tombstone)
+                assert left is not None
+                histories[user] = left
+        if decoded.tombstones:
+            continue
+        (event,) = decoded.events
         user = User(event.user_id, event.surface.value)
         histories.setdefault(user, History(length)).apply(event)
         table = tables.setdefault(

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from worker.errors import LocalPartError
@@ -74,6 +76,15 @@ def kafka_jars() -> Path:
     return jars
 
 
+@dataclass(frozen=True)
+class ClusterPlan:
+    """What every node of a cluster must know before it starts."""
+
+    id: str
+    #: Port of each node's controller.
+    controllers: Mapping[int, int]
+
+
 class KafkaBroker(LocalServer):
     """One Kafka node, broker and controller in one. Its data outlives stop, kill and start.
 
@@ -82,6 +93,8 @@ class KafkaBroker(LocalServer):
         listeners: further listeners by name, each with its port; `properties` say how they work.
         java: further arguments of the Java machine.
         format: further arguments of `kafka-storage format`, such as users of SCRAM.
+        node: its number, from 1 on.
+        cluster: of a `KafkaCluster`, whose controllers are known beforehand.
     """
 
     def __init__(
@@ -93,9 +106,13 @@ class KafkaBroker(LocalServer):
         listeners: Mapping[str, int] | None = None,
         java: Sequence[str] = (),
         format: Sequence[str] = (),
+        node: int = 1,
+        cluster: ClusterPlan | None = None,
     ) -> None:
         super().__init__(directory, port)
-        self._controller_port = free_port()
+        self.node = node
+        self._cluster = cluster
+        self._controller_port = free_port() if cluster is None else cluster.controllers[node]
         self._properties = dict(properties or {})
         self._listeners = dict(listeners or {})
         self._java = list(java)
@@ -106,6 +123,12 @@ class KafkaBroker(LocalServer):
         """Bootstrap servers."""
         return f"127.0.0.1:{self.port}"
 
+    def _quorum(self) -> dict[str, str]:
+        if self._cluster is None:
+            return {"controller.quorum.bootstrap.servers": f"127.0.0.1:{self._controller_port}"}
+        voters = self._cluster.controllers.items()
+        return {"controller.quorum.voters": ",".join(f"{n}@127.0.0.1:{port}" for n, port in voters)}
+
     def _new_process(self) -> ManagedProcess:
         served = ",".join(
             [
@@ -115,11 +138,11 @@ class KafkaBroker(LocalServer):
         )
         properties = {
             "process.roles": "broker,controller",
-            "node.id": "1",
+            "node.id": str(self.node),
             "listeners": f"{served},CONTROLLER://127.0.0.1:{self._controller_port}",
             "advertised.listeners": served,
             "controller.listener.names": "CONTROLLER",
-            "controller.quorum.bootstrap.servers": f"127.0.0.1:{self._controller_port}",
+            **self._quorum(),
             "log.dirs": str(self.directory / "data"),
             "auto.create.topics.enable": "false",
             "offsets.topic.replication.factor": "1",
@@ -137,11 +160,12 @@ class KafkaBroker(LocalServer):
             "-cp", f"{kafka_jars()}/*",
         ]  # fmt: skip
         if not (self.directory / "data" / "meta.properties").exists():
-            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            cluster = self._cluster
             made = subprocess.run(
                 [
-                    *java, "kafka.tools.StorageTool", "format", "--standalone",
-                    "--cluster-id", cluster.replace("-", "A"), "--config", str(file),
+                    *java, "kafka.tools.StorageTool", "format", "--config", str(file),
+                    *(["--standalone"] if cluster is None else []),
+                    "--cluster-id", _new_id() if cluster is None else cluster.id,
                     *self._format,
                 ],
                 capture_output=True,
@@ -156,3 +180,42 @@ class KafkaBroker(LocalServer):
             log_path=self.directory / "kafka.log",
             ready=lambda: kafka_answers(self.port),
         )
+
+
+class KafkaCluster:
+    """Three Kafka nodes on loopback; what is written is on all of them, or on two at least."""
+
+    def __init__(self, directory: Path) -> None:
+        plan = ClusterPlan(_new_id(), {node: free_port() for node in (1, 2, 3)})
+        self.brokers = [
+            KafkaBroker(directory / str(node), None, _REPLICATED, node=node, cluster=plan)
+            for node in plan.controllers
+        ]
+
+    @property
+    def bootstrap(self) -> str:
+        """Bootstrap servers."""
+        return ",".join(broker.bootstrap for broker in self.brokers)
+
+    def __enter__(self) -> KafkaCluster:
+        # Together: a node is ready only once most of them are there to elect a controller.
+        with ThreadPoolExecutor(len(self.brokers)) as threads:
+            list(threads.map(lambda broker: broker.start(), self.brokers))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with ThreadPoolExecutor(len(self.brokers)) as threads:
+            list(threads.map(lambda broker: broker.stop(), self.brokers))
+
+
+_REPLICATED = {
+    "min.insync.replicas": "2",
+    "default.replication.factor": "3",
+    "offsets.topic.replication.factor": "3",
+    "transaction.state.log.replication.factor": "3",
+    "transaction.state.log.min.isr": "2",
+}
+
+
+def _new_id() -> str:
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
