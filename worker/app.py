@@ -135,9 +135,10 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
     room = settings.max_in_flight_events + poll_records
     channel = app.channel(value_type=list, maxsize=room)
 
-    def on_change(assigned: frozenset[TP]) -> None:
-        health.assigned = sum(1 for tp in assigned if tp.topic == settings.events_topic)
-        metrics.assigned_partitions.set(health.assigned)
+    def on_change(assigned: frozenset[TP] | None) -> None:
+        own = [tp for tp in assigned or () if tp.topic == settings.events_topic]
+        health.assigned = None if assigned is None else len(own)
+        metrics.assigned_partitions.set(len(own))
         for gauge in (metrics.consumer_lag, metrics.lag_seconds, metrics.commit_age_seconds):
             gauge.clear()
         if assigned:

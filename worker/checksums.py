@@ -26,9 +26,13 @@ def verify(manifest: Manifest, reading: Reading, where: str) -> None:
 
 
 def check_file(
-    file: str, spec: FileSpec, reading: Reading, where: str, sink: BinaryIO | None = None
+    file: str,
+    spec: FileSpec,
+    reading: Reading,
+    where: str,
+    write: Callable[[bytes], object] | None = None,
 ) -> None:
-    """Read one file, copy it to `sink` on the way, and compare it with `spec`.
+    """Read one file, hand it to `write` on the way, and compare it with `spec`.
 
     A file that is too large is read, and copied, up to a little more than it should have.
 
@@ -37,7 +41,7 @@ def check_file(
     """
     try:
         with reading(file) as stream:
-            found = _difference(stream, spec, sink)
+            found = _difference(stream, spec, write)
     except FileNotFoundError:
         found = ("is missing", Refusal.FILES)
     if found is not None:
@@ -48,14 +52,14 @@ def check_file(
 
 
 def _difference(
-    stream: BinaryIO, spec: FileSpec, sink: BinaryIO | None
+    stream: BinaryIO, spec: FileSpec, write: Callable[[bytes], object] | None
 ) -> tuple[str, Refusal] | None:
     digest, size = hashlib.sha256(), 0
     while size <= spec.bytes and (chunk := stream.read(_CHUNK)):
         digest.update(chunk)
         size += len(chunk)
-        if sink is not None:
-            sink.write(chunk)
+        if write is not None:
+            write(chunk)
     if size > spec.bytes:
         return f"has more than the {spec.bytes} bytes that the manifest says", Refusal.FILES
     if size < spec.bytes:

@@ -44,7 +44,9 @@ class Health:
     waiting_events: int = 0
     #: Why work waits on something outside, where a restart would not help (Redis is down).
     waiting_for: str | None = None
-    assigned: int = 0
+    #: Partitions that the group gave this worker: none where it has more workers than it can use,
+    #: None while it has not said.
+    assigned: int | None = None
     models_ready: bool = False
     redis_ready: bool = False
     kafka_answers: bool = False
@@ -64,8 +66,9 @@ class Health:
     def not_ready(self) -> list[str]:
         """What is missing before events can be served; empty when ready."""
         missing = []
-        if not self.assigned:
-            missing.append("no partition is assigned")
+        # One without partitions stands by: were it not ready, no rollout would go on past it.
+        if self.assigned is None:
+            missing.append("the consumer group has not assigned partitions")
         if not self.models_ready:
             missing.append("a model is not loaded")
         if not self.redis_ready:

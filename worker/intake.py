@@ -151,6 +151,15 @@ class BatchConsumer(driver.Consumer):
 
     async def _drain_messages(self, fetcher: Any) -> None:
         """Faust's fetcher service runs this: fetch, hand over, for as long as both live."""
+        try:
+            await self._fetch_and_hand_over(fetcher)
+        except asyncio.CancelledError:
+            # Faust takes this for a crash while a rebalance goes on, even where the app stops: the
+            # process would end with a traceback and exit code 1.
+            if not self.app.should_stop:
+                raise
+
+    async def _fetch_and_hand_over(self, fetcher: Any) -> None:
         while not (self.should_stop or fetcher.should_stop):
             await self._wait_for_room(fetcher)
             await self._wait_for_demand(fetcher)
@@ -291,7 +300,7 @@ class BatchConsumer(driver.Consumer):
         self.tracker.forget()
         self.end_offsets.clear()
         self._changed.set()
-        self.transport.on_change(frozenset())
+        self.transport.on_change(None)
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """Start afresh from the committed offsets of `assigned`."""
@@ -315,7 +324,7 @@ class BatchTransport(driver.Transport):
         fetch_wait_ms: longest that the broker holds a fetch that finds nothing.
         max_in_flight_events: events handed over and unfinished, beyond which fetching stops.
         shutdown_timeout_s: longest wait for started batches when partitions are given up.
-        on_change: called with the assigned partitions, and with none when they are revoked.
+        on_change: called with the assigned partitions, and with None when they are revoked.
     """
 
     Consumer: ClassVar[Any] = BatchConsumer
@@ -333,7 +342,7 @@ class BatchTransport(driver.Transport):
         max_in_flight_events: int,
         shutdown_timeout_s: float,
         metrics: Metrics,
-        on_change: Callable[[frozenset[TP]], None],
+        on_change: Callable[[frozenset[TP] | None], None],
     ) -> None:
         super().__init__(url, app)
         self.batches = batches

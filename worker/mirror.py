@@ -6,8 +6,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from worker.bundle_files import MAX_FILE_BYTES
 from worker.checksums import Reading, check_file, verify
@@ -65,7 +66,7 @@ class Mirror:
             try:
                 for file, spec in manifest.files.items():
                     with (building / file).open("wb") as sink:
-                        check_file(file, spec, reading, where, sink)
+                        check_file(file, spec, reading, where, _writing(sink, where, target))
                 for file, content in unlisted.items():
                     (building / file).write_bytes(content)
                 building.chmod(0o755)
@@ -73,10 +74,7 @@ class Mirror:
             finally:
                 shutil.rmtree(building, ignore_errors=True)
         except OSError as error:
-            raise StoreError(
-                f"{where} cannot be copied to {target}: {error}; free space there, or set"
-                " STREAMREC_REGISTRY_MIRROR_DIR to a directory that can be written"
-            ) from None
+            raise _cannot_copy(where, target, error) from None
         log.info("version_mirrored model=%s bytes=%d", manifest.reference, size)
         return target
 
@@ -98,6 +96,28 @@ class Mirror:
             return  # nothing was copied yet, or another process was faster
         except OSError as error:
             raise StoreError(f"{self._directory / name} cannot be cleared: {error}") from None
+
+
+def _cannot_copy(where: str, target: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{where} cannot be copied to {target}: {error}; free space there, or set"
+        " STREAMREC_REGISTRY_MIRROR_DIR to a directory that can be written"
+    )
+
+
+def _writing(sink: BinaryIO, where: str, target: Path) -> Callable[[bytes], object]:
+    """Writes to `sink`; a full disk is not taken for a fault of the store that is read meanwhile.
+
+    The function that is returned raises StoreError.
+    """
+
+    def write(chunk: bytes) -> None:
+        try:
+            sink.write(chunk)
+        except OSError as error:
+            raise _cannot_copy(where, target, error) from None
+
+    return write
 
 
 def _is_whole(directory: Path, manifest: Manifest, unlisted: Mapping[str, bytes]) -> bool:

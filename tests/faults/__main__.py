@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from tests.faults.cells import CELLS
@@ -32,7 +33,11 @@ def main() -> int:
         _say(f"the matrix needs a real Kafka, and {missing} is missing")
         return 69
     results = []
-    with tempfile.TemporaryDirectory(prefix="streamrec-faults-") as folder:
+    with (
+        nullcontext(options.keep)
+        if options.keep
+        else tempfile.TemporaryDirectory(prefix="streamrec-faults-")
+    ) as folder:
         for result in _run(chosen, Path(folder), mutate=options.mutations):
             results.append(result)
             _say(_line(result))
@@ -92,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=[], metavar="NAME", help="cells by part of name"
     )
     parser.add_argument("--mutations", action="store_true", help="break the worker in each cell")
+    parser.add_argument("--keep", metavar="DIRECTORY", help="run there, and leave all logs")
     parser.add_argument("--list", action="store_true", help="list the cells")
     return parser
 

@@ -169,6 +169,11 @@ class Scene:
         goal = self.committed() + count
         eventually(lambda: self.committed() >= goal, f"{count} events are committed", timeout_s)
 
+    def keeps_up(self) -> bool:
+        """Whether no more waits than comes in between commits, and a little."""
+        last = self.sampler.last
+        return last is not None and last.lag < 2 * self.load.rate
+
     def caught_up(self) -> bool:
         """Whether all that was sent, as last seen, is committed."""
         last = self.sampler.last
@@ -216,10 +221,11 @@ def run_cell(cell: Cell, parts: Parts, directory: Path, *, mutation: str | None 
         settings = {**SETTINGS, **cell.settings}
         if cell.cluster:
             settings["topic_replication"] = "3"
+        registry = str(directory / "registry")
         if cell.mirrored:
-            settings["registry"] = f"simplecache::file://{directory}/registry"
+            registry = f"simplecache::file://{registry}"
             settings["registry_mirror_dir"] = str(directory / "mirror")
-        world = World(directory, kafka, redis, directory / "registry", **settings)
+        world = World(directory, kafka, redis, registry, **settings)
         load = Load(kafka.bootstrap, world.events, cell.plan, cell.rate)
         scene = Scene(cell, world, load, mutation, parts)
         try:

@@ -139,7 +139,7 @@ def _wall_clock() -> None:
     import worker.health
     import worker.intake
 
-    walled = SimpleNamespace(time=lambda: time.time(), monotonic=lambda: time.time())
+    walled = SimpleNamespace(time=time.time, monotonic=time.time)
     for module in (worker.app, worker.health, worker.intake):
         module.time = walled  # type: ignore[attr-defined]
 

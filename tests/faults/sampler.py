@@ -103,11 +103,18 @@ def recovered_at(samples: Sequence[Sample], since: float) -> float | None:
 
 
 def longest_gap_s(samples: Sequence[Sample]) -> float:
-    """Longest time without any commit while events waited, in seconds."""
-    longest, moved_at, before = 0.0, None, -1
+    """Longest time without any commit while events waited, in seconds.
+
+    There are no samples while the broker is away; that time counts.
+    """
+    longest, moved_at = 0.0, 0.0
+    before: Sample | None = None
     for sample in samples:
-        done = sum(sample.committed.values())
-        if moved_at is None or done != before or sample.lag <= 0:
-            moved_at, before = sample.at, done
-        longest = max(longest, sample.at - moved_at)
+        if before is None or sample.lag <= 0:
+            moved_at = sample.at
+        else:
+            longest = max(longest, sample.at - moved_at)
+            if sample.committed != before.committed:
+                moved_at = sample.at
+        before = sample
     return longest

@@ -148,7 +148,11 @@ def _full_mirror(scene: Scene) -> None:
 
 
 def _serves(worker: WorkerProcess, version: str) -> bool:
-    return worker.metric(f'streamrec_model_info{{surface="posts",version="{version}"') == 1
+    lines = worker.get("/metrics")[1].splitlines()
+    return any(
+        line.startswith("streamrec_model_info{") and f'version="{version}"' in line
+        for line in lines
+    )
 
 
 @contextmanager
@@ -189,7 +193,7 @@ def _slow(scene: Scene, *, seconds: float) -> None:
         worst = max(worst, worker.metric("streamrec_in_flight_events"))
         time.sleep(0.2)
     scene.require(worst <= bound, f"{worst:.0f} events were in flight; at most {bound} may be")
-    eventually(scene.caught_up, "it has caught up")
+    eventually(scene.keeps_up, "it has caught up")
 
 
 CELLS = (

@@ -35,7 +35,7 @@ class World:
         directory: Path,
         broker: TansuBroker | KafkaBroker | KafkaCluster,
         redis: RedisServer,
-        registry: Path,
+        registry: Path | str,
         **settings: str,
     ) -> None:
         self.directory = directory
