@@ -68,8 +68,8 @@ def installed(name: str, *arguments: str) -> Path | None:
     message, where they cannot be installed."""
     directory = ROOT / ".cache" / name
     python = directory / "bin" / "python"
-    if not python.exists():
-        venv.create(directory, with_pip=False)
+    # Afresh, so that it holds nothing else.
+    venv.create(directory, clear=True, with_pip=False)
     pip = run(
         sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--retries=1",
         "--disable-pip-version-check", *arguments,

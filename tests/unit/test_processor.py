@@ -12,6 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker.cache import Refused
 from worker.events import Records
+from worker.history import History
 from worker.metrics import Metrics
 from worker.processor import Processor
 from worker.retry import StoppedError
@@ -60,7 +61,7 @@ def processor(redis: FakeRedis) -> Processor:
     )
 
 
-def records(*values: bytes, first: int = 0) -> Records:
+def records(*values: bytes | None, first: int = 0) -> Records:
     count = len(values)
     offsets = list(range(first, first + count))
     return Records("events", 0, offsets, [b"ann"] * count, values, [1_764_000_000_000] * count)
@@ -103,3 +104,21 @@ def test_a_stop_ends_the_wait_for_redis(processor: Processor, redis: FakeRedis) 
     with pytest.raises(StoppedError, match="write_batch"):
         processor.process([records(view("p1"))])
     assert redis.writes == []
+
+
+def test_a_tombstone_takes_the_list_of_earlier_events_and_leaves_that_of_later_ones(
+    processor: Processor, redis: FakeRedis
+) -> None:
+    made = processor.process([records(view("p1"), None)])
+    assert made.lists == []
+    assert [one.offset for one in made.forgotten] == [1]
+    (written,) = redis.writes
+    assert not written["histories"] and not written["recommendations"]
+    assert {key.surface.value for key in written["forgotten"]} == {"posts", "friends", "ads"}
+    made = processor.process([records(view("p2"), None, view("p3"), first=2)])
+    assert [one.origin.offset for one, _ in made.lists] == [4]
+    assert [one.offset for one in made.forgotten] == [3]
+    written = redis.writes[-1]
+    assert {key.surface.value for key in written["forgotten"]} == {"friends", "ads"}
+    (stored,) = written["histories"].values()
+    assert History.from_bytes(stored, 200).items == ("p3",)
