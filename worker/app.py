@@ -23,6 +23,7 @@ from worker.decider import Decider
 from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, batch_consumer
 from worker.kafka_security import faust_credentials
+from worker.logs import place_of
 from worker.memory import room
 from worker.metrics import Metrics
 from worker.models import Models
@@ -201,10 +202,14 @@ class Background(mode.Service):
     async def _run_pipeline(self) -> None:
         try:
             await self._app.pipeline.run()
-        except Exception:
+        except Exception as error:
             # At once: a drain would wait for the very batch that failed. Nothing is lost, since
             # what is not committed is read again.
-            log.exception("pipeline_failed; the process exits and starts from committed offsets")
+            failed = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            log.critical(
+                "pipeline_failed error=%s; the process exits and starts from committed offsets",
+                place_of(failed),
+            )
             os._exit(STALLED_EXIT_CODE)
 
     @mode.Service.task

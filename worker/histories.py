@@ -15,6 +15,7 @@ import msgspec
 
 from worker.cache import UserKey
 from worker.history import History, Shown
+from worker.logs import hashed_user
 from worker.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,10 @@ class Histories:
                 self._cached[key] = History.from_bytes(data, self._length)
             except ValueError as error:
                 # One damaged key must not stop everybody's stream; its user starts afresh.
-                log.error("history_damaged surface=%s error=%s", key.surface.value, error)
+                log.error(
+                    "history_damaged surface=%s user=%s error=%s",
+                    key.surface.value, hashed_user(key.user_id), error,
+                )  # fmt: skip
                 self._cached[key] = History(self._length)
                 damaged.append(key)
                 continue

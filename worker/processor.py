@@ -35,6 +35,7 @@ from worker.forget import erased, keys_of
 from worker.histories import Histories
 from worker.history import History
 from worker.lists import ListMaker
+from worker.logs import hashed_user, place_of
 from worker.metrics import Metrics
 from worker.models import Models, Serving
 from worker.popularity import PopularityTable, most_popular
@@ -228,7 +229,11 @@ class Processor:
                     outcome: str = history.apply(event)
                 except Exception as error:
                     # One event must never stop the stream.
-                    log.exception("event_failed surface=%s", event.surface.value)
+                    log.error(
+                        "event_failed surface=%s user=%s topic=%s partition=%d offset=%d error=%s",
+                        event.surface.value, hashed_user(event.user_id), batch.records.topic,
+                        batch.records.partition, event.offset, place_of(error),
+                    )  # fmt: skip
                     outcome = "failed"
                     made.rejected.append(_failed(batch, event, error))
                 else:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from worker.logs import message_of
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class _Attempts:
         self._on_failure()
         log.warning(
             "retry operation=%s attempt=%d wait_s=%.1f error=%s: %s",
-            self._name, self._count, self._wait_s, type(error).__name__, error,
+            self._name, self._count, self._wait_s, type(error).__name__, message_of(error),
         )  # fmt: skip
         wait_s = self._wait_s * random.uniform(0.5, 1.0)
         self._wait_s = min(self._wait_s * 2, LONGEST_WAIT_S)

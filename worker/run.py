@@ -28,7 +28,7 @@ def run_worker(settings: Settings) -> int:
     Raises:
         StreamrecError: the worker cannot start; the message says why.
     """
-    set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_salt.get_secret_value())
     faulthandler.register(signal.SIGUSR1)
     # Before anything large is allocated: what a swap lets go of must go back to the system.
     keep_large_blocks_apart()

@@ -306,6 +306,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level that is logged."
     )
+    log_salt: SecretStr = Field(
+        SecretStr(""),
+        description="Key of the hashes that stand for users in logs, the same for all workers;"
+        " empty: each process has one of its own.",
+    )
 
     @classmethod
     def settings_customise_sources(
