@@ -116,7 +116,7 @@ OVERVIEW = Row(
         Panel(
             "Dead letters, last hour",
             "Records that could not be used.",
-            [Query(f"sum(increase(streamrec_dead_letters_total{{{ALL}}}[1h]))")],
+            [Query(f"round(sum(increase(streamrec_dead_letters_total{{{ALL}}}[1h])))")],
             kind="stat", width=4, height=5, limit=1,
         ),
         Panel(
@@ -676,8 +676,8 @@ TRIAL = Row(
             "Canaries that the gate promoted or rolled back.",
             [
                 Query(
-                    "sum by (surface, action, reason)"
-                    f" (increase(streamrec_decisions_total{{{SURFACE}}}[1d])) > 0",
+                    "round(sum by (surface, action, reason)"
+                    f" (increase(streamrec_decisions_total{{{SURFACE}}}[1d]))) > 0",
                     "{{surface}} {{action}}: {{reason}}",
                 )
             ],
