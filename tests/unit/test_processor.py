@@ -51,13 +51,18 @@ def redis() -> FakeRedis:
 
 
 @pytest.fixture
-def processor(redis: FakeRedis) -> Processor:
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def processor(redis: FakeRedis, metrics: Metrics) -> Processor:
     return Processor(
         load_settings(require_user_key=False, cold_items_max=0),
         cache=cast(Any, redis),
         models=cast(Any, SimpleNamespace(serving=lambda surface: None)),
         rules=Rules(),
-        metrics=Metrics(),
+        metrics=metrics,
     )
 
 
@@ -122,3 +127,25 @@ def test_a_tombstone_takes_the_list_of_earlier_events_and_leaves_that_of_later_o
     assert {key.surface.value for key in written["forgotten"]} == {"friends", "ads"}
     (stored,) = written["histories"].values()
     assert History.from_bytes(stored, 200).items == ("p3",)
+
+
+def test_nothing_that_a_producer_sends_becomes_a_label(
+    processor: Processor, metrics: Metrics
+) -> None:
+    good = view("p1")
+    swapped = [
+        good.replace(old, new)
+        for old, new in (
+            (b'"ann"', b'"hostile"'), (b'"p1"', b'"hostile"'), (b'"view"', b'"hostile"'),
+            (b'"posts"', b'"hostile"'), (b'"timestamp"', b'"hostile"'), (b"1764", b"hostile"),
+        )
+    ]  # fmt: skip
+    processor.process([records(*swapped, b"hostile", None, b"")])
+    labels = {
+        value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        for value in sample.labels.values()
+    }
+    assert {"posts", "view"} <= labels
+    assert not [value for value in labels if "hostile" in value or "ann" in value]
