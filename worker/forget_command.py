@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aiokafka.errors import KafkaError
@@ -67,7 +68,7 @@ def wait_until_forgotten(
     cache = Cache.from_settings(settings)
     deadline = time.monotonic() + timeout_s
     try:
-        while not _is_forgotten(cache, user_id, place):
+        while not is_forgotten(cache.read_users(keys_of(user_id)), place):
             if time.monotonic() >= deadline:
                 raise NotForgottenYetError(
                     f"the tombstone is at {place.topic}, partition {place.partition}, offset"
@@ -84,11 +85,16 @@ def wait_until_forgotten(
         cache.close()
 
 
-def _is_forgotten(cache: Cache, user_id: str, place: Place) -> bool:
-    for history_data, recommendations in cache.read_users(keys_of(user_id)):
-        if history_data is None:
+def is_forgotten(stored: Iterable[tuple[bytes | None, bytes | None]], place: Place) -> bool:
+    """Whether a tombstone at `place` was carried out, from the stored history and list of the user
+    on each surface."""
+    for data, recommendations in stored:
+        if data is None:
             return False
-        history = History.from_bytes(history_data, sys.maxsize)
+        try:
+            history = History.from_bytes(data, sys.maxsize)
+        except ValueError:
+            return False  # damaged; the worker throws it away
         last = history.last_applied(place.topic, place.partition)
         if last is None or last[0] < place.offset:
             return False

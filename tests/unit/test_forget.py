@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from models.sources_records import RecordIntake
 from worker.cache import UserKey
 from worker.events import Decoder, EventBatch, Reason, Records, Surface, Tombstone
 from worker.forget import erased, keys_of
+from worker.forget_command import Place, is_forgotten
 from worker.history import History
 
 NOW_MS = 1_764_000_000_000
@@ -158,6 +160,29 @@ def test_nothing_from_before_a_users_last_tombstone_is_left(
         after = own[own.index(gone[-1]) + 1 :] if gone else own
         wanted = {json.loads(log[at][1] or b"")["item_id"] for at in after}
         assert set(left.items) <= wanted
+
+
+EMPTY = History(5, applied=(("t", 0, 9, NOW_MS),)).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stored", "recommendations", "forgotten"),
+    [
+        (None, None, False),  # not yet: what is left of an erased user is an empty history
+        (history("a", offset=8).to_bytes(), b"{}", False),
+        (EMPTY, None, True),
+        (EMPTY, b"{}", False),
+        (history("after", offset=10).to_bytes(), b"{}", True),
+        (History(5, applied=(("t", 1, 99, NOW_MS),)).to_bytes(), None, False),
+        (b"damaged", None, False),
+    ],
+)
+def test_redis_tells_whether_a_tombstone_was_carried_out(
+    stored: bytes | None, recommendations: bytes | None, forgotten: bool
+) -> None:
+    place = Place("t", 0, 9)
+    others = [(EMPTY, None)] * 2
+    assert is_forgotten([*others, (stored, recommendations)], place) is forgotten
 
 
 def test_training_leaves_out_what_came_before_a_tombstone() -> None:
