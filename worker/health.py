@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from worker.errors import SettingsError
+from worker.http_server import BoundedServer
 from worker.status_page import CONTENT_SECURITY_POLICY
 
 log = logging.getLogger(__name__)
@@ -97,15 +98,12 @@ class HealthServer:
         port: int,
     ) -> None:
         try:
-            self._server = ThreadingHTTPServer(
-                (host, port), _handler(health, registry, describe, pages)
-            )
+            self._server = BoundedServer((host, port), _handler(health, registry, describe, pages))
         except OSError as error:
             raise SettingsError(
                 f"STREAMREC_HTTP_HOST, STREAMREC_HTTP_PORT: cannot listen on {host}:{port}:"
                 f" {error.strerror}; choose another port (0 takes a free one)"
             ) from None
-        self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="streamrec-http", daemon=True
         )
@@ -172,6 +170,14 @@ def _handler(
             else:
                 self._status(404, [f"known paths: {', '.join(known)}"])
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def _refuse(self) -> None:
+            self._status(405, ["read-only: GET and HEAD"])
+
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
+
         def _status(self, code: int, problems: list[str]) -> None:
             body = json.dumps({"ok": code == 200, "problems": problems}).encode() + b"\n"
             self._answer(code, "application/json", body)
@@ -185,8 +191,11 @@ def _handler(
             self.send_header("X-Content-Type-Options", "nosniff")
             self.send_header("Referrer-Policy", "no-referrer")
             self.send_header("Cache-Control", "no-store")
+            if code == 405:
+                self.send_header("Allow", "GET, HEAD")
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             log.debug("http %s", format % args)

@@ -25,10 +25,9 @@ from worker.quality import Coverage, drift, overlap
 from worker.recommender import Lists, Ranked, Recommender
 from worker.rules import Rules
 from worker.sequences import MeanTally
+from worker.version_series import FALLBACK_VERSION
 
 log = logging.getLogger(__name__)
-
-FALLBACK_VERSION = "popularity"
 
 
 class Listing(NamedTuple):

@@ -22,6 +22,7 @@ from prometheus_client.utils import floatToGoString
 from worker.errors import Refusal
 from worker.events import Reason, Surface
 from worker.gate import ROLLBACK_VERDICTS, Verdict
+from worker.version_series import VersionSeries
 
 #: Seconds, from 100 microseconds (one decoded batch) to 10 s (an outage felt).
 STAGE_BUCKETS = (
@@ -48,6 +49,13 @@ class Metrics:
         self._declare_lists(registry)
         self._declare_models(registry)
         self._declare_trials(registry)
+        #: Which versions have series.
+        self.versions = VersionSeries(
+            [
+                self.inference_errors, self.recommendations, self.score_seconds, self.scored,
+                self.judged, self.hits, self.reciprocal_ranks,
+            ]
+        )  # fmt: skip
 
     def _declare_stream(self, registry: CollectorRegistry) -> None:
         """Events, offsets, dependencies and memory."""

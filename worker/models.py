@@ -362,6 +362,9 @@ class Models:
         before = self._serving.get(surface)
         self._serving[surface] = serving
         metrics = self._metrics
+        metrics.versions.serve(
+            surface.value, [one.manifest.reference for one in serving.bundles.values()]
+        )
         metrics.release_followed.labels(surface.value).set(1)
         metrics.release_revision.labels(surface.value).set(serving.revision)
         metrics.canary_share.labels(surface.value).set(

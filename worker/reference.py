@@ -45,7 +45,9 @@ def metrics_table() -> str:
     metrics = Metrics()
     for metric in vars(metrics).values():
         # What has no labels of its own has no such attribute either.
-        for family in metric.collect() if metric is not metrics.registry else ():
+        for family in (
+            metric.collect() if metric not in (metrics.registry, metrics.versions) else ()
+        ):
             labels[family.name] = getattr(metric, "_labelnames", ())
     rows = [
         (

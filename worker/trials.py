@@ -120,6 +120,7 @@ class Trials:
         self._changed: set[PartitionKey] = set()
         #: By surface and version: looking labels up takes longer than counting.
         self._counters: dict[tuple[str, str], list[Counter]] = {}
+        self._generation = metrics.versions.generation
 
     def wants(self, event: Event, history: History) -> bool:
         """Whether `event`, not yet applied, says what the list was worth.
@@ -141,11 +142,15 @@ class Trials:
         served = history.served
         assert served is not None
         labels = event.surface.value, served.version
+        metrics = self._metrics
+        if self._generation != metrics.versions.generation:
+            self._counters.clear()
+            self._generation = metrics.versions.generation
         counters = self._counters.get(labels)
         if counters is None:
-            metrics = self._metrics
+            exported = labels[0], metrics.versions.label(*labels)
             families = metrics.judged, metrics.hits, metrics.reciprocal_ranks
-            counters = self._counters[labels] = [one.labels(*labels) for one in families]
+            counters = self._counters[labels] = [one.labels(*exported) for one in families]
         judged, hits, reciprocal_ranks = counters
         judged.inc()
         rank = rank_of(event.item_id, served.items)
