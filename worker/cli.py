@@ -215,6 +215,11 @@ def replay(rate: float | None, limit: int | None, **flags: Any) -> None:
 @main.command()
 @click.option("--events", type=int, default=None, help="Replay only the first so many events.")
 @click.option("--keep", is_flag=True, help="Leave everything running afterwards; print addresses.")
+@click.option(
+    "--canary",
+    is_flag=True,
+    help="Give the small model to half of the users first, and let the gate decide about it.",
+)
 @click.option("--real-kafka", is_flag=True, help="Apache Kafka instead of the embedded broker.")
 @click.option(
     "--compare/--no-compare",
@@ -225,8 +230,8 @@ def replay(rate: float | None, limit: int | None, **flags: Any) -> None:
 def demo(**options: Any) -> None:
     """Broker, Redis and worker on this machine, with 100,000 real events. Takes a few minutes.
 
-    Replays MovieLens 100K in time order, swaps the fp32 model for the int8 one halfway, and prints
-    what came of it.
+    Replays MovieLens 100K in time order, swaps the fp32 model for one ten times smaller halfway,
+    and prints what came of it.
     """
     from worker.demo import run_demo  # noqa: PLC0415
 

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -33,7 +34,9 @@ from worker.local.topics import read_topic
 from worker.lookup import cached_recommendations
 from worker.ranking import Recommendations
 from worker.registry import LocalRegistry
+from worker.releases import with_canary
 from worker.replay import ml100k_events, send_events
+from worker.samples import Samples
 from worker.settings import Settings, load_settings
 
 NAME = "posts"
@@ -43,10 +46,25 @@ PACED_RATE = 2500.0
 PLAIN_LOOP_EVENTS = 10_000
 
 
+#: A canary starts after this share of the events, for this share of the users.
+CANARY_FROM, CANARY_SHARE = 0.1, 0.5
+#: Fewer users than a gate is meant for: let it decide by a larger loss, and look often.
+CANARY_FLAGS = {"gate-max-loss": "0.2", "gate-interval-s": "0.5"}
+
+
 def run_demo(
-    *, events: int | None, keep: bool, real_kafka: bool, compare: bool, show_user: str | None
+    *,
+    events: int | None,
+    keep: bool,
+    canary: bool,
+    real_kafka: bool,
+    compare: bool,
+    show_user: str | None,
 ) -> int:
     """Run the demo; returns the exit code.
+
+    Args:
+        canary: let users' behaviour decide about the small version, instead of promoting it.
 
     Raises:
         StreamrecError: a part did not come up, or the data set cannot be fetched.
@@ -65,18 +83,19 @@ def run_demo(
         settings = load_settings(
             kafka=broker.bootstrap, redis=redis.url, registry=str(registry), create_topics=True
         )
-        worker = Worker(directory, settings, group="streamrec-demo")
+        worker = Worker(directory, settings, group="streamrec-demo", flags=CANARY_FLAGS)
         parts.callback(worker.stop)
         worker.start()
+        click.echo(f"the worker says what it does at {worker.base}/")
         replay = list(ml100k_events(data))[:events]
-        swap = asyncio.run(_replay_and_swap(settings, worker, replay, registry, small))
+        swap = asyncio.run(_replay_and_swap(settings, worker, replay, registry, small, canary))
         served = asyncio.run(_read_served(settings))
         rows = [
             ("events", f"{len(replay):,}"),
             ("dead letters", f"{worker.total('streamrec_dead_letters'):.0f}"),
             ("paced replay", f"{swap.rate:,.0f} events/s"),
-            ("event read -> Redis", _latency(worker.metrics())),
-            ("hot swap", f"{fp32} -> {small} after {swap.swapped_after:,} events"),
+            ("event read -> Redis", _latency(worker.samples())),
+            *_swap_rows(swap, fp32, small, canary),
             ("model on disk", f"{_mb(swap.disk_before)} -> {_mb(swap.disk_after)}"),
             ("model in memory", f"{_mb(swap.memory_before)} -> {_mb(swap.memory_after)}"
              " (growth of resident memory by loading and warming up)"),
@@ -157,14 +176,13 @@ class Worker:
             for sample in family.samples
         ]
 
-    def total(self, counter: str, **labels: str) -> float:
+    def samples(self) -> Samples:
+        """The same, to be asked for sums and quantiles."""
+        return Samples(self.metrics())
+
+    def total(self, metric: str, **labels: str) -> float:
         """Sum of a metric over all series that have `labels`."""
-        wanted = labels.items()
-        return sum(
-            value
-            for name, found, value in self.metrics()
-            if name in {counter, f"{counter}_total"} and wanted <= found.items()
-        )
+        return self.samples().total(metric, **labels)
 
     def wait_for_events(self, count: int, timeout_s: float = 600.0) -> None:
         """Wait until `count` events were written to Redis and Kafka."""
@@ -190,7 +208,12 @@ class Swap:
     """What the replay and the swap in its middle measured. Sizes in bytes."""
 
     rate: float = 0.0
-    swapped_after: int = 0
+    #: Events that were processed when a canary began, and when the small version served all users;
+    #: None where it never did.
+    canary_after: int = 0
+    swapped_after: int | None = None
+    #: Of the gate: `promote` or `rollback`, and why.
+    decision: str = ""
     disk_before: float = 0.0
     disk_after: float = 0.0
     memory_before: float = 0.0
@@ -198,27 +221,56 @@ class Swap:
 
 
 async def _replay_and_swap(
-    settings: Settings, worker: Worker, events: list[UserEvent], registry: Path, small: str
+    settings: Settings,
+    worker: Worker,
+    events: list[UserEvent],
+    registry: Path,
+    small: str,
+    canary: bool,
 ) -> Swap:
     from tqdm import tqdm  # noqa: PLC0415 - of the demo extra
 
     swap = Swap()
     swap.disk_before = worker.total("streamrec_model_file_bytes")
     swap.memory_before = worker.total("streamrec_model_memory_bytes")
-    half = len(events) // 2
+
+    async def total(metric: str, **labels: str) -> int:
+        return int(await asyncio.to_thread(worker.total, metric, **labels))
 
     async def swap_halfway() -> None:
         # The replay goes on meanwhile: this is a hot swap.
-        while await asyncio.to_thread(worker.total, "streamrec_events") < half:
+        while await total("streamrec_events") < len(events) // 2:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(LocalRegistry(registry).promote, NAME, small)
-        while not await asyncio.to_thread(worker.total, "streamrec_model_info", version=small):
+        while not await total("streamrec_model_info", version=small):
             await asyncio.sleep(0.05)
-        swap.swapped_after = int(await asyncio.to_thread(worker.total, "streamrec_events"))
+        swap.swapped_after = await total("streamrec_events")
+
+    async def try_canary() -> None:
+        while await total("streamrec_events") < len(events) * CANARY_FROM:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(
+            LocalRegistry(registry).change,
+            NAME,
+            lambda old: with_canary(old, small, CANARY_SHARE, by="demo", at=datetime.now(UTC)),
+        )
+        swap.canary_after = await total("streamrec_events")
+        # Until it is decided, or there is nothing more to decide by.
+        while swap.swapped_after is None and not swap.decision:
+            done = await total("streamrec_events")
+            samples = await asyncio.to_thread(worker.samples)
+            if samples.total("streamrec_model_info", version=small, role="stable"):
+                swap.swapped_after = done
+            for labels, value in samples.series("streamrec_decisions"):
+                if value:
+                    swap.decision = f"{labels['action']}: {labels['reason']}"
+            if done >= len(events):
+                return
+            await asyncio.sleep(0.2)
 
     started = time.monotonic()
     with tqdm(total=len(events), unit=" events", desc="replaying", disable=None) as progress:
-        swapping = asyncio.create_task(swap_halfway())
+        swapping = asyncio.create_task(try_canary() if canary else swap_halfway())
         await send_events(settings, iter(events), rate=PACED_RATE, on_sent=progress.update)
         await asyncio.to_thread(worker.wait_for_events, len(events))
         swap.rate = len(events) / (time.monotonic() - started)
@@ -330,27 +382,22 @@ def _compare(
     ]
 
 
-def _latency(samples: list[tuple[str, Mapping[str, str], float]]) -> str:
+def _swap_rows(swap: Swap, fp32: str, small: str, canary: bool) -> Iterator[tuple[str, str]]:
+    """What became of the small version."""
+    if canary:
+        yield "canary", f"{small}, {CANARY_SHARE:.0%} of users, after {swap.canary_after:,} events"
+        yield "the gate", swap.decision or "undecided when the events ended"
+    if swap.swapped_after is not None:
+        yield "hot swap", f"{fp32} -> {small} after {swap.swapped_after:,} events"
+
+
+def _latency(samples: Samples) -> str:
     """Quantiles of `streamrec_event_seconds`, interpolated within buckets as Prometheus does."""
-    buckets = sorted(
-        (float(labels["le"]), value)
-        for name, labels, value in samples
-        if name == "streamrec_event_seconds_bucket"
+    buckets = samples.buckets("streamrec_event_seconds")
+    return ", ".join(
+        f"p{share * 100:.0f} {(buckets.quantile(share) or 0.0) * 1000:.1f} ms"
+        for share in (0.5, 0.95, 0.99)
     )
-    total = buckets[-1][1]
-    shown = []
-    for quantile in (0.5, 0.95, 0.99):
-        rank = quantile * total
-        lower, below = 0.0, 0.0
-        for upper, value in buckets:
-            if value >= rank:
-                inside = value - below
-                end = lower if upper == float("inf") else upper
-                at = lower + (end - lower) * ((rank - below) / inside if inside else 0.0)
-                shown.append(f"p{quantile * 100:.0f} {at * 1000:.1f} ms")
-                break
-            lower, below = upper, value
-    return ", ".join(shown)
 
 
 def _show_user(settings: Settings, replay: list[UserEvent], data: Ml100k, user: str) -> None:
@@ -370,6 +417,7 @@ def _show_user(settings: Settings, replay: list[UserEvent], data: Ml100k, user: 
 def _wait_until_stopped(bootstrap: str, redis_url: str, worker: Worker) -> None:
     click.echo(
         f"\nstill running until Ctrl-C:\n  Kafka    {bootstrap}\n  Redis    {redis_url}\n"
+        f"  status   {worker.base}/\n"
         f"  metrics  {worker.base}/metrics, /livez, /readyz\n"
         f"  try      streamrec recommend 13 --redis {redis_url}"
     )

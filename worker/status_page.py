@@ -320,9 +320,10 @@ def _trial(shown: Snapshot, trial: Trial) -> Markup:
         if not known:
             continue
         # Bounds of few events reach far; the axis shows what can be told apart.
-        top = min(
-            max(high for _, _, high in known), max(6.0 * middle for _, middle, _ in known) or 1.0
-        )
+        top = max(middle for _, middle, _ in known) * 3.0 or 1.0
+        right = min(top, max(high for _, _, high in known))
+        left = min(low for low, _, _ in known)
+        margin = 0.1 * (right - left)
         for version, bounds in zip((trial.stable, rival), both, strict=True):
             if bounds is not None:
                 low, middle, high = bounds
@@ -330,7 +331,7 @@ def _trial(shown: Snapshot, trial: Trial) -> Markup:
                 rows.append((
                     f"{name}, {version.role}",
                     interval(
-                        low, middle, high, axis=(0.0, top), kind=version.role,
+                        low, middle, high, axis=(max(0.0, left - margin), right + margin), kind=version.role,
                         label=f"{name} of the {version.role} version: {told}",
                     ),
                     _ratio(middle), f"{_ratio(low)} to {_ratio(high)}",
@@ -467,16 +468,22 @@ def _quantiles(quantile: Callable[[float], float | None]) -> tuple[str, ...]:
 def _partitions(shown: Snapshot) -> Markup:
     samples = shown.samples
     ages = samples.by("partition", "streamrec_commit_age_seconds")
+    behind = samples.by("partition", "streamrec_lag_seconds")
     lags = samples.by("partition", "streamrec_consumer_lag_events")
     rows = [
-        (partition, _count(lags[partition]), f"{ages.get(partition, 0.0):.1f} s")
+        (
+            partition,
+            _count(lags[partition]),
+            f"{behind.get(partition, 0.0):.1f} s",
+            f"{ages.get(partition, 0.0):.1f} s",
+        )
         for partition in sorted(lags, key=lambda name: (len(name), name))
     ]
     none = () if rows else (tag("p", "No partition is assigned.", class_="note"),)
     in_flight = _count(samples.total("streamrec_in_flight_events"))
     return _section(
         "Partitions",
-        table("Partitions", ("partition", "lag", "uncommitted for"), rows, numbers=2),
+        table("Partitions", ("partition", "lag", "behind", "uncommitted"), rows, numbers=3),
         *none,
         tag("p", f"{in_flight} events in flight.", class_="note"),
     )

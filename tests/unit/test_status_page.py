@@ -114,6 +114,7 @@ def test_figures_of_the_stream_are_there() -> None:
     metrics = Metrics()
     metrics.consumer_lag.labels("user-events", "3").set(1234)
     metrics.commit_age_seconds.labels("user-events", "3").set(2.5)
+    metrics.lag_seconds.labels("user-events", "3").set(7.25)
     metrics.dead_letters.labels("not_json").inc(7)
     metrics.recommendations.labels("posts", "model", "posts@v1").inc(4321)
     metrics.judged.labels("posts", "posts@v1").inc(200)
@@ -122,7 +123,7 @@ def test_figures_of_the_stream_are_there() -> None:
     metrics.model_file_bytes.labels("posts", "v1").set(240_000)
     metrics.model_memory_bytes.labels("posts", "v1").set(12_700_000)
     text = read(status_page(snapshot(metrics)))
-    assert "3 1,234 2.5 s" in text
+    assert "3 1,234 7.2 s 2.5 s" in text
     assert "not_json 7" in text
     row = "posts stable posts@v1 int8 90 % 0.24 MB 12.7 MB 3 h 4,321 200 0.1500 0.0500"
     assert row in text
@@ -248,6 +249,17 @@ def test_settings_are_shown_without_what_is_secret() -> None:
     assert not shown["STREAMREC_GROUP"].is_default and shown["STREAMREC_TOP_K"].is_default
     page = settings_page(snapshot(settings=list(shown.values())))
     assert "hunter2" not in page and "STREAMREC_<wbr>TOP_<wbr>K" in page
+
+
+def test_no_secret_of_any_setting_is_shown() -> None:
+    secrets = {
+        name: SecretStr("hunter2")
+        for name, field in Settings.model_fields.items()
+        if "SecretStr" in str(field.annotation) and name != "redis"
+    }
+    assert secrets, "a login has one"
+    shown = {one.variable: one.value for one in shown_settings(Settings.model_construct(**secrets))}
+    assert {shown[f"STREAMREC_{name.upper()}"] for name in secrets} == {"hidden"}
 
 
 @pytest.mark.parametrize(
