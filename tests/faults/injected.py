@@ -4,8 +4,9 @@ The code under test has no hooks; this module wraps the functions that lie at it
 then runs the ordinary command. What it does is said by the environment:
 
 - `FAULTS_INJECT=<point>:<nth>:<action>[:<seconds>[:<times>]]`: at the nth passage of the point do
-  the action: `kill` or `stop` (SIGKILL, SIGSTOP) the process, or `sleep` for so many seconds at
-  this and the next `times - 1` passages.
+  the action: `stop` the process (SIGSTOP), or `sleep` for so many seconds at this and the next
+  `times - 1` passages, or `kill` the process (SIGKILL) after so many seconds in which what lies
+  beyond the point is not reached, and all else goes on: a commit too early would come then.
 - `FAULTS_CLOCK_SHIFT_S`: SIGUSR2 moves the wall clock (`time.time`) by so many seconds.
 - `FAULTS_MUTATION`: the name of a mutation, see `mutations.py`.
 """
@@ -17,6 +18,7 @@ import functools
 import importlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,11 +68,6 @@ class Trigger:
         self._times = times
         self._passed = 0
 
-    @property
-    def next_is_due(self) -> bool:
-        """Whether the next passage is one to act at."""
-        return self._nth <= self._passed + 1 < self._nth + self._times
-
     def due_s(self) -> float:
         """Act; returns how long to sleep, in seconds."""
         self._passed += 1
@@ -78,8 +75,11 @@ class Trigger:
             return 0.0
         if self._action == "sleep":
             return self._seconds
-        os.kill(os.getpid(), signal.SIGKILL if self._action == "kill" else signal.SIGSTOP)
-        return 0.0
+        if self._action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return 0.0
+        threading.Timer(self._seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return self._seconds + 60.0
 
 
 def trigger(spec: str) -> tuple[str, Trigger]:
@@ -148,9 +148,7 @@ def _half_written(trigger: Trigger) -> None:
                 return function(self, command, check_health)
             data = b"".join([command] if isinstance(command, bytes) else command)
             function(self, data[: len(data) // 2], check_health)
-            if trigger.next_is_due:
-                time.sleep(0.05)
-            trigger.due_s()
+            time.sleep(trigger.due_s())
             return self._sock.sendall(data[len(data) // 2 :])
 
         return send
@@ -166,7 +164,7 @@ def _half_published(trigger: Trigger) -> None:
         async def send_batch(*args: Any, **kwargs: Any) -> Any:
             sent = await function(*args, **kwargs)
             await sent
-            trigger.due_s()
+            await asyncio.sleep(trigger.due_s())
             return sent
 
         return send_batch

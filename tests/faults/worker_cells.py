@@ -20,6 +20,8 @@ from tests.faults.plan import Plan
 from tests.integration.support import PARTITIONS, WorkerProcess, eventually
 
 HOUR_S = 3600
+#: Seconds that a batch stands at the boundary before the kill: two intervals of commits.
+STANDS_S = 1.0
 
 
 def _killed_inside(scene: Scene) -> None:
@@ -37,14 +39,14 @@ def _kill(point: str, where: str, nth: int, mutation: str, *, short: bool = Fals
         _killed_inside,
         mutation,
         short=short,
-        inject={INJECT: f"{point}:{nth}:kill"},
+        inject={INJECT: f"{point}:{nth}:kill:{STANDS_S}"},
         # Otherwise histories are read from Redis at the very start only.
         settings={"history_cache_mb": "0.01"} if point == "read" else {},
     )
 
 
 KILLS = (
-    _kill("fetched", "after a fetch", 150, "commit_at_start"),
+    _kill("fetched", "after a fetch", 150, "forget_offsets"),
     _kill("decoded", "after decoding", 300, "commit_at_start"),
     _kill("read", "after reading histories", 150, "commit_at_start"),
     _kill("scored", "after scoring", 300, "commit_at_start"),
@@ -53,7 +55,7 @@ KILLS = (
     _kill("half_published", "with half of a publish on the topic", 300, "forget_offsets"),
     _kill("published", "after a publish", 150, "forget_offsets"),
     _kill("committing", "before a commit", 5, "forget_offsets"),
-    _kill("committed", "after a commit", 5, "commit_at_start"),
+    _kill("committed", "after a commit", 5, "forget_offsets"),
 )
 
 
