@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import faust
@@ -13,8 +15,8 @@ from benchmarks.cases.common import CaseConfig
 def stock_app(config: CaseConfig, **settings: Any) -> tuple[faust.App, Any]:
     """Faust as it comes, and its topic of raw bytes.
 
-    Only what keeps it from serving HTTP and making topics of its own is set, and the session; and
-    `settings`.
+    Only what keeps it from serving HTTP, making topics of its own and leaving a directory where it
+    runs is set, and the session; and `settings`.
     """
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -28,6 +30,7 @@ def stock_app(config: CaseConfig, **settings: Any) -> tuple[faust.App, Any]:
         topic_disable_leader=True,
         topic_allow_declare=False,
         web_enabled=False,
+        datadir=Path(tempfile.gettempdir()) / "streamrec-faust",
         worker_redirect_stdouts=False,
         **settings,
     )

@@ -12,9 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from tests.faults.book import Book
 from tests.faults.cells import CELLS
-from tests.faults.harness import Cell, Parts, Result, as_json, run_cell
+from tests.faults.harness import Cell, Parts, Result, run_cell
 from worker.local.kafka import KafkaBroker, KafkaCluster, kafka_missing
+
+RESULTS = Path("build/faults.json")
+PAGE = Path("docs/faults.md")
 
 
 def main() -> int:
@@ -32,21 +36,22 @@ def main() -> int:
     if missing is not None:
         _say(f"the matrix needs a real Kafka, and {missing} is missing")
         return 69
-    results = []
+    book = Book.read(RESULTS)
+    as_wanted = True
     with (
         nullcontext(options.keep)
         if options.keep
         else tempfile.TemporaryDirectory(prefix="streamrec-faults-")
     ) as folder:
         for result in _run(chosen, Path(folder), mutate=options.mutations):
-            results.append(result)
+            as_wanted = as_wanted and result.green != options.mutations
+            book.add(result)
+            book.write(RESULTS)
             _say(_line(result))
             for failure in result.failures()[:8]:
                 _say(f"    {failure}")
-    target = Path("build") / ("faults-mutations.json" if options.mutations else "faults.json")
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(as_json(results))
-    return int(any(result.green == options.mutations for result in results))
+    book.fill(PAGE, CELLS)
+    return int(not as_wanted)
 
 
 def _run(cells: Sequence[Cell], directory: Path, *, mutate: bool) -> Iterator[Result]:

@@ -13,7 +13,6 @@ A cell says what is special about it; all of them have in common:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -294,30 +293,3 @@ def _bound_repeats(scene: Scene, verdict: Verdict) -> None:
     most = scene.cell.most_repeats
     if most is not None and verdict.repeats > most:
         scene.problems.append(f"{verdict.repeats} repeats were published; at most {most} may be")
-
-
-def as_row(result: Result) -> dict[str, object]:
-    """A result as JSON has it."""
-    verdict = result.verdict
-    return {
-        "cell": result.cell,
-        "fault": result.fault,
-        "mutation": result.mutation,
-        "green": result.green,
-        "events": None if verdict is None else verdict.events,
-        "applied": None if verdict is None else verdict.applied,
-        "dead_letters": None if verdict is None else verdict.dead_letters,
-        "repeats": None if verdict is None else verdict.repeats,
-        "steps_back": None if verdict is None else verdict.steps_back,
-        "lost": None if verdict is None else verdict.lost,
-        "fault_s": result.fault_s,
-        "recovery_s": result.recovery_s,
-        "commit_gap_s": result.commit_gap_s,
-        "took_s": result.took_s,
-        "failures": result.failures(),
-    }
-
-
-def as_json(results: list[Result]) -> str:
-    """Results as a file has them."""
-    return json.dumps([as_row(one) for one in results], indent=1) + "\n"

@@ -39,6 +39,19 @@ def _commit_at_start() -> None:
     replace("worker.intake:RecordBatch.start", start)
 
 
+def _commit_position() -> None:
+    def commit(function: Any) -> Any:
+        async def run(thread: Any, offsets: Any) -> Any:
+            consumer = thread._ensure_consumer()
+            assigned = consumer.assignment()
+            read = {tp: await consumer.position(tp) for tp in assigned}
+            return await function(thread, {tp: read.get(tp, at) for tp, at in offsets.items()})
+
+        return run
+
+    replace("worker.intake:BatchConsumerThread._commit", commit)
+
+
 def _forget_offsets() -> None:
     def advance(function: Any) -> Any:
         def run(history: Any, event: Any) -> bool:
@@ -159,6 +172,7 @@ def _failed_refresh_is_fatal() -> None:
 
 MUTATIONS = {
     "commit_at_start": Mutation("a batch counts as finished before its effects", _commit_at_start),
+    "commit_position": Mutation("what was read is committed", _commit_position),
     "forget_offsets": Mutation("a history takes a record that it knows", _forget_offsets),
     "forget_event_ids": Mutation("event ids are not remembered", _forget_event_ids),
     "order_by_arrival": Mutation("histories are in order of arrival", _order_by_arrival),

@@ -46,7 +46,7 @@ def _kill(point: str, where: str, nth: int, mutation: str, *, short: bool = Fals
 
 
 KILLS = (
-    _kill("fetched", "after a fetch", 150, "forget_offsets"),
+    _kill("fetched", "after a fetch", 150, "commit_position"),
     _kill("decoded", "after decoding", 300, "commit_at_start"),
     _kill("read", "after reading histories", 150, "commit_at_start"),
     _kill("scored", "after scoring", 300, "commit_at_start"),
