@@ -13,6 +13,7 @@ A cell says what is special about it; all of them have in common:
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -140,10 +141,11 @@ class Scene:
         return made
 
     def gone(self, worker: WorkerProcess, timeout_s: float = 60.0) -> None:
-        """Wait until a worker is dead, as it is meant to be; that is when the fault begins."""
+        """Wait until a worker is dead by SIGKILL, as it is meant to be: the fault begins then."""
         eventually(lambda: not worker.process.running, "the worker is dead", timeout_s)
-        worker.process.stop()
         self.began()
+        code = worker.process.stop()
+        self.require(code == signal.SIGKILL, f"it ended by itself, with {code}, and was not killed")
 
     def began(self) -> None:
         """The fault begins now; by default it did when `act` was called."""

@@ -147,7 +147,7 @@ def _half_written(trigger: Trigger) -> None:
             if not writing:
                 return function(self, command, check_health)
             data = b"".join([command] if isinstance(command, bytes) else command)
-            function(self, data[: len(data) // 2], check_health)
+            function(self, [data[: len(data) // 2]], check_health)
             time.sleep(trigger.due_s())
             return self._sock.sendall(data[len(data) // 2 :])
 
