@@ -145,3 +145,12 @@ def test_no_secret_is_a_flag_and_a_password_in_a_url_is_refused_as_one() -> None
     assert refused.exit_code == 78
     assert "STREAMREC_REDIS_PASSWORD_FILE" in refused.output
     assert SECRET not in refused.output
+
+
+def test_nothing_gives_onnx_runtime_operators_from_outside() -> None:
+    """A bundle is data; a library of operators would be code."""
+    root = Path(__file__).parents[2]
+    sources = [file for part in ("worker", "models") for file in (root / part).rglob("*.py")]
+    assert root / "worker" / "session.py" in sources
+    for file in sources:
+        assert "register_custom_ops" not in file.read_text(), file
