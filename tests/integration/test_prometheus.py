@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,23 @@ def has_data(found: dict[str, Any]) -> bool:
         series.get("values", [series.get("value")])
     ]  # fmt: skip
     return any(not math.isnan(value) for value in values)
+
+
+@pytest.mark.parametrize("name", ["tests.yml", "tests_days.yml"])
+def test_alerts_fire_when_they_should_and_only_then(name: str) -> None:
+    tested = subprocess.run(
+        [binary("promtool"), "test", "rules", RULES / name],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+def test_the_configuration_is_one() -> None:
+    checked = subprocess.run(
+        [binary("promtool"), "check", "config", RULES / "prometheus.yml"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
-"""Alerts fire when they should and only then, and say what to do."""
+"""Alerts are tested, and say what to do. tests/integration/test_prometheus.py has them fire."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-from tests.prometheus import binary
 from worker.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -28,23 +25,6 @@ def exported() -> set[str]:
     """Names of the series of a worker's own metrics."""
     ends = "", "_total", "_bucket", "_count", "_sum"
     return {family.name + end for family in Metrics().registry.collect() for end in ends}
-
-
-@pytest.mark.parametrize("name", ["tests.yml", "tests_days.yml"])
-def test_alerts_fire_when_they_should_and_only_then(name: str) -> None:
-    tested = subprocess.run(
-        [binary("promtool"), "test", "rules", RULES / name],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stdout + tested.stderr
-
-
-def test_the_configuration_is_one() -> None:
-    checked = subprocess.run(
-        [binary("promtool"), "check", "config", RULES / "prometheus.yml"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_every_alert_is_seen_to_fire_in_a_test() -> None:
