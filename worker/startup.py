@@ -11,8 +11,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.structs import TopicPartition
 
 from worker.cache import REDIS_FAILURES, Cache
 from worker.errors import BrokerError, CacheError, StreamrecError
@@ -26,6 +28,8 @@ from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: Longest wait for an answer about the group.
+RIGHTS_TIMEOUT_S = 10.0
 # aiokafka logs each failed connection itself; the waiting here says it once, with what to do.
 _NOISY = ("aiokafka", "aiokafka.conn", "aiokafka.client")
 
@@ -47,6 +51,8 @@ async def prepare(settings: Settings) -> list[tuple[str, Release]]:
         log.warning("cleartext_login %s", sentence)
     try:
         await _wait(settings, "Kafka", settings.kafka, lambda: ensure_topics(settings))
+        if settings.kafka_security != "plaintext":
+            await _wait(settings, "Kafka", settings.kafka, lambda: check_rights(settings))
         await _wait(settings, "Redis", shown_url(settings), lambda: check_redis(settings))
         releases: list[tuple[str, Release]] = []
         if settings.releases_topic:
@@ -94,6 +100,30 @@ async def ensure_topics(settings: Settings) -> None:
             log.info("topic_created topic=%s", name)
     finally:
         await admin.close()
+
+
+async def check_rights(settings: Settings) -> None:
+    """Ask for the group's offsets and for events, as the worker will: it would wait for an
+    assignment for ever, and say nothing, where it may not read the group.
+
+    Raises:
+        KafkaError: the login lacks a right, or Kafka does not answer.
+    """
+    consumer = AIOKafkaConsumer(
+        **kafka_client(settings),
+        group_id=settings.group,
+        enable_auto_commit=False,
+        auto_offset_reset="latest",
+        client_id="streamrec-startup",
+    )
+    first = TopicPartition(settings.events_topic, 0)
+    try:
+        await asyncio.wait_for(consumer.start(), RIGHTS_TIMEOUT_S)
+        consumer.assign([first])
+        await asyncio.wait_for(consumer.committed(first), RIGHTS_TIMEOUT_S)
+        await consumer.getmany(first, timeout_ms=200)
+    finally:
+        await consumer.stop()
 
 
 async def _pushed(settings: Settings, releases: list[tuple[str, Release]]) -> None:

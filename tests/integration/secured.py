@@ -23,7 +23,8 @@ from worker.local.process import free_port
 
 #: Password or secret of every user; searched for in every log.
 SECRET = "s3cr3t-of-%7E-the-test"
-WORKER, OPERATOR = "worker", "operator"
+#: The last may see the worker's topics, and do nothing with them.
+WORKER, OPERATOR, ONLOOKER = "worker", "operator", "onlooker"
 _MODULES = "org.apache.kafka.common.security"
 
 
@@ -91,6 +92,9 @@ class SecuredKafka:
             _topic(OPERATOR, releases, write),
             _topic(OPERATOR, world.events, write),  # streamrec forget
         ]
+        granted += [_topic(ONLOOKER, topic.topic, AclOperation.DESCRIBE) for topic in topics] + [
+            _acl(ResourceType.GROUP, ONLOOKER, world.name, read)
+        ]
         _wait(admin.create_topics(topics).values())
         _wait(admin.create_acls(granted).values())
 
@@ -122,7 +126,8 @@ def _properties(chain: Path, authority: Path, keys: Path) -> dict[str, str]:
         place = f"listener.name.{listener}."
         common[f"{place}plain.sasl.jaas.config"] = (
             f"{_MODULES}.plain.PlainLoginModule required"
-            f' user_{WORKER}="{SECRET}" user_{OPERATOR}="{SECRET}";'
+            f' user_{WORKER}="{SECRET}" user_{OPERATOR}="{SECRET}"'
+            f' user_{ONLOOKER}="{SECRET}";'
         )
         for mechanism in ("scram-sha-256", "scram-sha-512"):
             common[f"{place}{mechanism}.sasl.jaas.config"] = (

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tests.conftest import ITEMS, real_kafka, tiny_bundle
 from tests.integration.certificates import Authority
-from tests.integration.secured import OPERATOR, SECRET, WORKER, SecuredKafka
+from tests.integration.secured import ONLOOKER, OPERATOR, SECRET, WORKER, SecuredKafka
 from tests.integration.support import World, event, eventually
 from tests.integration.tokens import SCOPE
 from worker.cli import main
@@ -168,6 +168,14 @@ REFUSED: dict[str, Case] = {
     "the kind of login": (
         lambda kafka, _: login(kafka, "SCRAM-SHA-256", "CLEAR"),
         "does not take this kind of login: correct STREAMREC_KAFKA_SASL_MECHANISM",
+    ),
+    "the group": (
+        lambda kafka, _: login(kafka, "PLAIN") | {"group": "another"},
+        "refuses the worker a topic or group ([Error 30] GroupAuthorizationFailedError: another)",
+    ),
+    "reading": (
+        lambda kafka, _: login(kafka, "PLAIN") | {"kafka_username": ONLOOKER},
+        "refuses the worker a topic or group ([Error 29] TopicAuthorizationFailedError",
     ),
     "the topic": (
         lambda kafka, _: login(kafka, "PLAIN") | {"events_topic": "of somebody else"},
