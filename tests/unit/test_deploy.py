@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,11 @@ def is_setting(variable: str) -> bool:
     name = variable.removeprefix(PREFIX).lower()
     field = Settings.model_fields.get(name) or Settings.model_fields.get(name.removesuffix("_file"))
     return field is not None
+
+
+def with_streamrec() -> dict[str, str]:
+    """The environment, with the `streamrec` of this interpreter on the path."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 # Kubernetes
@@ -392,6 +398,27 @@ def test_kustomize_builds_the_example() -> None:
     assert image.startswith("registry.example.com/streamrec:")
 
 
+def test_an_empty_registry_is_seeded_once_with_all_that_ships(helm: str, tmp_path: Path) -> None:
+    made = template(helm, tmp_path, {"models": {"registry": {"type": "pvc"}}})
+    workers = only(documents(made.stdout), "StatefulSet")
+    (seed,) = workers["spec"]["template"]["spec"]["initContainers"]
+    shell, flags, script = seed["command"]
+    registry, shipped = tmp_path / "registry", tmp_path / "shipped"
+    version = "20261124T2352Z-int8"
+    shutil.copytree(SHIPPED / version, shipped / "posts" / version)
+    shutil.copy(SHIPPED.parent / "README.md", shipped)
+    for published in (1, 0):
+        done = subprocess.run(
+            [shell, flags, script.replace("/srv/models", str(shipped))],
+            env={**with_streamrec(), "STREAMREC_REGISTRY": str(registry)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.count("published ") == published
+    assert [path.name for path in registry.glob("*/*/")] == [version]
+
+
 # The image
 
 
@@ -464,10 +491,8 @@ def test_compose_runs_the_worker_as_kubernetes_does(services: dict[str, Any]) ->
 
 
 def candidate(registry: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    streamrec = shutil.which("streamrec", path=str(ROOT / ".venv" / "bin")) or "streamrec"
     environment = {
-        **os.environ,
-        "PATH": f"{Path(streamrec).parent}:{os.environ['PATH']}",
+        **with_streamrec(),
         "STREAMREC_REGISTRY": str(registry),
         "STREAMREC_EVENTS": "nothing.jsonl",
         **variables,
@@ -494,12 +519,12 @@ def test_one_candidate_is_tried_at_a_time(tmp_path: Path) -> None:
     for version in ("20261124T2351Z-fp32", "20261124T2352Z-int8"):
         publish(SHIPPED / version, store)
     store.promote("posts", "20261124T2351Z-fp32")
-    streamrec = ROOT / ".venv" / "bin" / "streamrec"
     subprocess.run(
         [
-            streamrec, "models", "canary", "posts", "20261124T2352Z-int8", "--share", "10%",
+            "streamrec", "models", "canary", "posts", "20261124T2352Z-int8", "--share", "10%",
             "--registry", tmp_path / "registry",
         ],
+        env=with_streamrec(),
         check=True,
         capture_output=True,
     )  # fmt: skip
