@@ -82,6 +82,7 @@ VALUES: dict[str, dict[str, Any]] = {
                 },
             }
         },
+        "logSaltSecret": "salt",
         "preStopSeconds": 0,
         "networkPolicy": {"prometheus": []},
     },
@@ -235,7 +236,7 @@ def test_a_pod_may_take_the_memory_that_it_asks_for_and_as_much_cpu_as_there_is(
 def test_variables_are_settings_and_none_is_a_secret(manifests: list[dict[str, Any]]) -> None:
     for name, value in only_settings(manifests).items():
         assert is_setting(name), name
-        secret = re.search(r"PASSWORD|SECRET", name)
+        secret = re.search(r"PASSWORD|SECRET|SALT", name)
         assert secret is None or name.endswith("_FILE"), name
         if name.endswith("_FILE"):
             assert value.startswith("/secrets/")

@@ -40,7 +40,7 @@ app.kubernetes.io/component: worker
 {{- else }}/srv/models{{ end }}
 {{- end }}
 
-{{/* More pods than partitions would idle, and never be ready. */}}
+{{/* More pods than partitions would idle. */}}
 {{- define "streamrec.maxReplicas" -}}
 {{- $partitions := int .Values.kafka.partitions -}}
 {{- $most := int (.Values.autoscaling.maxReplicas | default $partitions) -}}
@@ -92,6 +92,7 @@ capabilities:
   (list $redis.existingSecret $redis.secretKey "redis/url")
   (list $redis.passwordSecret $redis.passwordKey "redis/password")
   (list $redis.caSecret $redis.caKey "redis/ca.crt")
+  (list .Values.logSaltSecret .Values.logSaltKey "log/salt")
 }}
 {{- if index . 0 }}
 - secret:
