@@ -19,7 +19,7 @@ import yaml
 
 from models.publish import publish
 from models.stores import open_store
-from worker.settings import PREFIX, Settings
+from worker.settings import PREFIX, Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -245,6 +245,24 @@ def test_variables_are_settings_and_none_is_a_secret(manifests: list[dict[str, A
             for entry in container.get("env", []):
                 if entry["name"].startswith(PREFIX) and entry["name"] != f"{PREFIX}EVENTS":
                     assert is_setting(entry["name"]), entry["name"]
+
+
+def test_a_pod_starts_with_settings_that_go_together(
+    manifests: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    for name, value in only_settings(manifests).items():
+        if name.endswith("_FILE"):
+            file = tmp_path / value.removeprefix("/secrets/")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("rediss://redis:6379/0" if file.name == "url" else "0123456789abcdef")
+            monkeypatch.setenv(name, str(file))
+        else:
+            monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.http_host == "0.0.0.0"
+    assert settings.kafka.endswith(":9092")
 
 
 def test_files_that_settings_name_are_mounted(manifests: list[dict[str, Any]]) -> None:
