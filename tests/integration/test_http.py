@@ -94,7 +94,8 @@ def test_a_slow_client_is_cut_off(port: int) -> None:
     assert time.monotonic() - began < 5.0
 
 
-def test_many_clients_leave_room_for_the_next(port: int) -> None:
+def test_many_clients_leave_room_for_the_next(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedServer, "deadline_s", 60.0)
     idle = [opened(port) for _ in range(3 * MAX_CONNECTIONS)]
     try:
         assert answer(port, b"GET /livez HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.0 200 ")
