@@ -9,12 +9,12 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
 from worker import __version__
 from worker.errors import SettingsError, StreamrecError
+from worker.security import has_password
 from worker.settings import PREFIX, Settings, is_flag, load_settings
 
 
@@ -75,7 +75,7 @@ def settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[..
 
 
 def _without_password(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    if value and urlsplit(value).password:
+    if value and has_password(value):
         raise SettingsError(
             f"{option.opts[0]} holds a password, which others on this machine can read: set"
             " STREAMREC_REDIS_PASSWORD or STREAMREC_REDIS_PASSWORD_FILE"

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from worker.certificates import tls_context
+from worker.security import without_credentials
 from worker.settings import Settings
 
 
@@ -35,5 +36,4 @@ def redis_login(settings: Settings) -> dict[str, Any]:
 
 def shown_url(settings: Settings) -> str:
     """The Redis URL without user, password and options."""
-    url = urlsplit(settings.redis.get_secret_value())
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    return without_credentials(settings.redis.get_secret_value())

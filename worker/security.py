@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -42,7 +42,7 @@ def cleartext(settings: Settings) -> Iterator[str]:
                 " STREAMREC_KAFKA_SECURITY=sasl_ssl"
             )
     redis = urlsplit(settings.redis.get_secret_value())
-    if (redis.password or settings.redis_password.get_secret_value()) and (
+    if (has_password(redis.geturl()) or settings.redis_password) and (
         redis.scheme == "redis" and not is_loopback(redis.hostname or "")
     ):
         yield (
@@ -59,6 +59,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def has_password(address: str) -> bool:
+    """Whether a URL holds a password; what is no URL holds none."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return False
+    return bool(parts.password) or "password" in parse_qs(parts.query)
+
+
+def without_credentials(address: str) -> str:
+    """A URL without user, password and query, which may hold them; other text as it is."""
+    if "://" not in address:
+        return address
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "hidden"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def parse_extensions(text: str) -> dict[str, str]:
@@ -115,12 +135,16 @@ def _oauth_problems(settings: Settings) -> Iterator[str]:
 
 
 def _redis_problems(settings: Settings) -> Iterator[str]:
-    url = urlsplit(settings.redis.get_secret_value())
+    try:
+        url = urlsplit(settings.redis.get_secret_value())
+    except ValueError as error:
+        yield f"STREAMREC_REDIS is not a URL: {error}"
+        return
     if url.scheme != "rediss":
         files = ("redis_ca_file", "redis_cert_file", "redis_key_file")
         yield from _unused(settings, files, "STREAMREC_REDIS that does not begin with rediss://")
     yield from _pair_problems(settings, "redis")
-    if url.password and _is_set(settings, "redis_password"):
+    if has_password(url.geturl()) and _is_set(settings, "redis_password"):
         yield "STREAMREC_REDIS holds a password and STREAMREC_REDIS_PASSWORD is set: use one"
     if _is_set(settings, "redis_username") and not _is_set(settings, "redis_password"):
         yield "STREAMREC_REDIS_PASSWORD must be set with STREAMREC_REDIS_USERNAME"

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
 
 from prometheus_client import Metric
 from pydantic import SecretStr
@@ -22,6 +21,7 @@ from worker.metrics import Metrics, resident_bytes
 from worker.models import Models, Serving
 from worker.recent import INTERVAL_S, Moment, Recent
 from worker.samples import Samples
+from worker.security import without_credentials
 from worker.settings import PREFIX, Settings
 from worker.status_page import Setting, Snapshot, Trial, Version, settings_page, status_page
 
@@ -159,17 +159,6 @@ def shown_settings(settings: Settings) -> list[Setting]:
             told = without_credentials("" if value is None else str(value))
         shown.append(Setting(f"{PREFIX}{name.upper()}", told, bool(value == info.get_default())))
     return shown
-
-
-def without_credentials(address: str) -> str:
-    """A URL without user, password and query, which may hold them; other text as it is."""
-    if "://" not in address:
-        return address
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return "hidden"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _versions(serving: Serving) -> list[Version]:

@@ -91,7 +91,7 @@ def test_an_event_becomes_a_list_over_it(case: str, secured: SecuredKafka, world
         world.send([event(user, ITEMS[0])])
         eventually(lambda: world.cached(user) is not None, "served")
         eventually(lambda: worker.metric("streamrec_event_seconds_count") >= 1, "published")
-        shown = worker.get("/model")[1] + worker.get("/metrics")[1] + worker.get("/")[1]
+        shown = worker.get("/model")[1] + worker.get("/metrics")[1] + worker.get("/settings")[1]
     assert SECRET not in worker.log + shown
 
 

@@ -70,6 +70,7 @@ def test_what_fits_together_is_taken(flags: dict[str, str]) -> None:
             bearer(**TOKENS | {"kafka_oauth_token_url": "http://id.example/token"}),
             "KAFKA_OAUTH_TOKEN_URL must be an https://",
         ),
+        ({"redis": "redis://[cache"}, "STREAMREC_REDIS is not a URL"),
         (bearer(**TOKENS, kafka_oauth_extensions="a=\x01b"), "KAFKA_OAUTH_EXTENSIONS"),
     ],
 )
@@ -86,6 +87,7 @@ def test_what_contradicts_itself_is_named(flags: dict[str, str], named: str) -> 
         ({"kafka": "k:9092", "kafka_security": "sasl_plaintext"}, "Kafka at k:9092 is logged in"),
         ({"redis": "redis://cache:6379", "redis_password": SECRET}, "Redis at cache is sent"),
         ({"redis": f"redis://:{SECRET}@cache"}, "Redis at cache is sent"),
+        ({"redis": f"redis://cache?password={SECRET}"}, "Redis at cache is sent"),
         ({"kafka_security": "sasl_plaintext"}, None),  # this machine
         ({"kafka": "[::1]:9092", "kafka_security": "sasl_plaintext"}, None),
         ({"redis": "rediss://cache:6379", "redis_password": SECRET}, None),
@@ -141,10 +143,11 @@ def test_no_secret_is_a_flag_and_a_password_in_a_url_is_refused_as_one() -> None
     assert "--kafka-username" in shown
     for name in SECRETS:
         assert name == "redis" or f"--{name.replace('_', '-')} " not in shown
-    refused = CliRunner().invoke(main, ["worker", "--redis", f"redis://:{SECRET}@cache"])
-    assert refused.exit_code == 78
-    assert "STREAMREC_REDIS_PASSWORD_FILE" in refused.output
-    assert SECRET not in refused.output
+    for url in (f"redis://:{SECRET}@cache", f"redis://cache?password={SECRET}"):
+        refused = CliRunner().invoke(main, ["worker", "--redis", url])
+        assert refused.exit_code == 78
+        assert "STREAMREC_REDIS_PASSWORD_FILE" in refused.output
+        assert SECRET not in refused.output
 
 
 def test_nothing_gives_onnx_runtime_operators_from_outside() -> None:

@@ -18,8 +18,9 @@ from worker.metrics import Metrics
 from worker.recent import Moment, Recent
 from worker.releases import Promotion, Release
 from worker.samples import Buckets, Samples
+from worker.security import without_credentials
 from worker.settings import Settings
-from worker.status import shown_settings, without_credentials
+from worker.status import shown_settings
 from worker.status_page import (
     CONTENT_SECURITY_POLICY,
     Setting,
