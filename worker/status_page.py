@@ -331,7 +331,8 @@ def _trial(shown: Snapshot, trial: Trial) -> Markup:
                 rows.append((
                     f"{name}, {version.role}",
                     interval(
-                        low, middle, high, axis=(max(0.0, left - margin), right + margin), kind=version.role,
+                        low, middle, high, axis=(max(0.0, left - margin), right + margin),
+                        kind=version.role,
                         label=f"{name} of the {version.role} version: {told}",
                     ),
                     _ratio(middle), f"{_ratio(low)} to {_ratio(high)}",
