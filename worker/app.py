@@ -149,7 +149,13 @@ def create_app(settings: Settings, releases: Iterable[tuple[str, Release]]) -> S
     processor = Processor(settings, cache=cache, models=models, rules=rules, metrics=metrics)
     outbox = Outbox(lambda: app.producer)
     app.pipeline = pipeline = Pipeline(
-        settings, processor=processor, outbox=outbox, metrics=metrics
+        settings,
+        processor=processor,
+        outbox=outbox,
+        metrics=metrics,
+        on_rewind=lambda offsets: batch_consumer(app).rewind(
+            {TP(*partition): offset for partition, offset in offsets.items()}
+        ),
     )
     app.decider = Decider(
         settings,
@@ -253,11 +259,16 @@ class Background(mode.Service):
         health = self._app.health
         while not self.should_stop:
             health.models_ready = self._app.models.ready
+            answered = health.redis_ready
             try:
                 await asyncio.to_thread(self._app.cache.ping)
-                health.redis_ready = True
+                # One that is full answers, and takes nothing.
+                health.redis_ready = not self._app.pipeline.waits_for_redis
             except REDIS_FAILURES:
                 health.redis_ready = False
+            if health.redis_ready and not answered:
+                # It may have come back with less than it had.
+                await self._app.pipeline.put([])
             health.kafka_answers = kafka_answers = await self._watch_partitions()
             up = self._app.metrics.dependency_up
             up.labels("redis").set(health.redis_ready)

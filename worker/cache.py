@@ -2,7 +2,8 @@
 of cold items, one round trip a batch.
 
 Keys (docs/design.md): `rec:{<user>}:<surface>`, `hist:{<user>}:<surface>`,
-`pop:{<surface>}:<topic>:<partition>`, `trial:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`.
+`pop:{<surface>}:<topic>:<partition>`, `trial:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`,
+`done:{<topic>}:<partition>`.
 User ids are percent-encoded, so that none can reach another's key; the braces keep one user's keys
 in one Redis Cluster slot. The one command that touches two keys, a script of `worker/versions.py`,
 touches those of one user and surface. Redis 6.2 or later, or Valkey.
@@ -17,8 +18,8 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, cast
 from urllib.parse import quote
@@ -34,7 +35,7 @@ from worker.popularity import PopularityTable
 from worker.ranking import Recommendations
 from worker.redis_security import redis_login
 from worker.settings import Settings
-from worker.versions import WRITE, WRITE_TABLE, digest
+from worker.versions import ADVANCE, WRITE, WRITE_TABLE, digest
 
 #: What a lost or failing Redis raises: redis-py's own errors, or the socket's.
 REDIS_FAILURES = (RedisError, OSError, TimeoutError)
@@ -46,11 +47,14 @@ _DECODE_COLD_ITEM = msgspec.json.Decoder(tuple[str, str]).decode
 _OFFSET_FIELD = b"offset"
 _YEAR_10000_MS = 253_402_300_800_000
 _WRITE_DIGEST, _WRITE_TABLE_DIGEST = digest(WRITE), digest(WRITE_TABLE)
+_ADVANCE_DIGEST = digest(ADVANCE)
 #: Ids that need no escape.
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
 Command = tuple[str | bytes | int | float, ...]
-_LOAD_SCRIPTS: Sequence[Command] = (("SCRIPT", "LOAD", WRITE), ("SCRIPT", "LOAD", WRITE_TABLE))
+_LOAD_SCRIPTS: Sequence[Command] = [
+    ("SCRIPT", "LOAD", one) for one in (WRITE, WRITE_TABLE, ADVANCE)
+]
 #: redis-py does the same after a look at each argument, which takes four times as long.
 _PACK = cast(Callable[[Command], bytes], hiredis.pack_command)
 
@@ -70,12 +74,27 @@ class PartitionKey(msgspec.Struct, frozen=True, gc=False):
     partition: int
 
 
+#: Topic and number.
+Partition = tuple[str, int]
+
+
 class Refused(msgspec.Struct, frozen=True):
     """What was not written, since Redis holds something newer, by another worker."""
 
     users: list[UserKey] = []
     popularity: list[PartitionKey] = []
     tallies: list[PartitionKey] = []
+    #: Stored positions that are below the expected ones; then nothing at all was written.
+    lost: dict[Partition, int] = {}
+
+
+class Position(msgspec.Struct, frozen=True):
+    """How far a partition has been taken, as the next offset."""
+
+    #: What Redis must hold at least, all effects before which were written.
+    expected: int
+    #: What it shall hold.
+    next: int
 
 
 def _escaped(part: str) -> str:
@@ -100,6 +119,12 @@ def popularity_key(key: PartitionKey) -> str:
 def tally_key(key: PartitionKey) -> str:
     """Redis key of what a partition's users did with what they were served."""
     return f"trial:{{{key.surface.value}}}:{_escaped(key.topic)}:{key.partition}"
+
+
+def position_key(partition: Partition) -> str:
+    """Redis key of the offset before which all effects of a partition are in Redis."""
+    topic, number = partition
+    return f"done:{{{_escaped(topic)}}}:{number}"
 
 
 def cold_items_key(surface: Surface) -> str:
@@ -195,8 +220,12 @@ class Cache:
         forgotten: Mapping[UserKey, bytes] | None = None,
         cold_items: Mapping[Surface, Mapping[str, str]] | None = None,
         tallies: Mapping[PartitionKey, bytes] | None = None,
+        positions: Mapping[Partition, Position] | None = None,
     ) -> Refused:
-        """Write all effects of a batch in one round trip; repeating it changes nothing.
+        """Write all effects of a batch; repeating it changes nothing.
+
+        Nothing is written where Redis has lost something, that is, where a stored position is
+        below the one that is expected.
 
         Args:
             histories: with their marks (`worker/versions.py`).
@@ -204,6 +233,7 @@ class Cache:
             forgotten: empty histories of users who were erased, with marks that refuse late writes;
                 their recommendations go.
             tallies: of trials, with marks; written after the histories that they count.
+            positions: how far partitions have been taken; written last.
 
         Returns:
             What was not written, since Redis holds something newer.
@@ -224,18 +254,41 @@ class Cache:
         for place, data in tallied.items():
             versioned.append(("EVALSHA", _WRITE_DIGEST, 1, tally_key(place), data, ttl_s))
         commands = versioned + self._cold_commands(cold_items or {})
+        reached = positions or {}
+        for partition, position in reached.items():
+            name = position_key(partition)
+            if position.next > position.expected:
+                commands.append(("EVALSHA", _ADVANCE_DIGEST, 1, name, position.next))
         try:
-            replies = self._run(commands)
+            lost, replies = self._write_checked(commands, reached)
         except NoScriptError:
             # A Redis that was started anew. What was written meanwhile is written once more.
             self._run(_LOAD_SCRIPTS)
-            replies = self._run(commands)
+            lost, replies = self._write_checked(commands, reached)
+        if lost:
+            return Refused(lost=lost)
         written = iter(replies)
         return Refused(
             users=[key for key in chain(histories, emptied) if not next(written)],
             popularity=[place for place in popularity if not next(written)],
             tallies=[place for place in tallied if not next(written)],
         )
+
+    def _write_checked(
+        self, commands: Sequence[Command], positions: Mapping[Partition, Position]
+    ) -> tuple[dict[Partition, int], list[Any]]:
+        """Replies to `commands`; none, and the stored positions, where those are too low."""
+        if not positions:
+            return {}, self._run(commands)
+        # Over one connection: it does not outlive a Redis that comes back with less.
+        with self._connection() as connection:
+            stored = _exchange(connection, [("GET", position_key(one)) for one in positions])
+            lost = {
+                partition: int(found or 0)
+                for (partition, position), found in zip(positions.items(), stored, strict=True)
+                if int(found or 0) < position.expected
+            }
+            return lost, [] if lost else _exchange(connection, commands)
 
     def _cold_commands(self, cold_items: Mapping[Surface, Mapping[str, str]]) -> list[Command]:
         commands: list[Command] = []
@@ -311,17 +364,27 @@ class Cache:
         """
         if not commands:
             return []
+        with self._connection() as connection:
+            return _exchange(connection, commands)
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
         pool = self._redis.connection_pool
         connection: Any = pool.get_connection()
         try:
-            connection.send_packed_command([b"".join(map(_PACK, commands))])
-            return [connection.read_response() for _ in commands]
+            yield connection
         except BaseException:
             # Replies may be under way still: they must not be taken for those of the next batch.
             connection.disconnect()
             raise
         finally:
             pool.release(connection)
+
+
+def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    if commands:
+        connection.send_packed_command([b"".join(map(_PACK, commands))])
+    return [connection.read_response() for _ in commands]
 
 
 def encode(recommendations: Recommendations) -> bytes:

@@ -98,6 +98,15 @@ class OffsetTracker(Generic[P]):
         """Partitions with a span in flight."""
         return [partition for partition, spans in self._spans.items() if spans]
 
+    def rewind(self, partition: P) -> None:
+        """Drop what is known of `partition`: it is read again from an earlier offset, and committed
+        from there on."""
+        for span in self._spans.pop(partition, ()):
+            if not span.finished:
+                self.in_flight -= span.events
+        self._position.pop(partition, None)
+        self._committed.pop(partition, None)
+
     def forget(self) -> None:
         """Drop everything: the partitions were taken away; what is in flight is read again."""
         self._spans.clear()

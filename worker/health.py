@@ -73,7 +73,7 @@ class Health:
         if not self.models_ready:
             missing.append("a model is not loaded")
         if not self.redis_ready:
-            missing.append("Redis does not answer")
+            missing.append("Redis does not answer, or takes no writes")
         return missing
 
 

@@ -48,6 +48,11 @@ class Histories:
         self._cached: OrderedDict[UserKey, History] = OrderedDict()
         self._bytes: dict[UserKey, int] = {}
         self._total_bytes = 0
+        #: Read since `trust` was called last.
+        self._unproven: set[UserKey] = set()
+
+    def __contains__(self, key: UserKey) -> bool:
+        return key in self._cached
 
     def load(self, keys: Iterable[UserKey]) -> dict[UserKey, History]:
         """The histories of `keys`, read in one round trip where they are not cached."""
@@ -61,10 +66,22 @@ class Histories:
             cached.move_to_end(key)
         return {key: cached[key] for key in wanted}
 
+    def trust(self) -> None:
+        """Redis had lost nothing when the histories in memory were read."""
+        self._unproven.clear()
+
+    def doubt(self) -> list[UserKey]:
+        """Forget what was read since `trust`: Redis has lost something. Returns what is left."""
+        self.drop(self._unproven)
+        self._unproven.clear()
+        return list(self._cached)
+
     def _fetch(self, missing: Sequence[UserKey]) -> None:
         found = 0
         damaged: list[UserKey] = []
-        for key, (data, recommendations) in zip(missing, self._read(missing), strict=True):
+        read = self._read(missing)
+        self._unproven.update(missing)
+        for key, (data, recommendations) in zip(missing, read, strict=True):
             if data is None:
                 self._cached[key] = History(self._length)
                 continue
@@ -120,6 +137,7 @@ class Histories:
         self._cached.clear()
         self._bytes.clear()
         self._total_bytes = 0
+        self._unproven.clear()
 
     def _resize(self, key: UserKey, stored_bytes: int) -> None:
         history = self._cached[key]

@@ -143,6 +143,8 @@ class BatchConsumer(driver.Consumer):
         self._dropped = False
         #: `time.monotonic()` of the last fetch that brought something.
         self._read_at = 0.0
+        #: Where to go back to before anything else is read.
+        self._rewinds: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> BatchConsumerThread:
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -165,6 +167,8 @@ class BatchConsumer(driver.Consumer):
             await self._wait_for_demand(fetcher)
             if self._dropped and not await self._go_back():
                 continue
+            if self._rewinds and not await self._seek_back():
+                continue
             records, active = await self._wait_next_records(1.0)
             if not records or self.should_stop:
                 await asyncio.sleep(0)
@@ -177,7 +181,10 @@ class BatchConsumer(driver.Consumer):
             wanted = {
                 TP(tp.topic, tp.partition): raw
                 for tp, raw in records.items()
-                if raw and (active is None or tp in active)
+                if raw
+                and (active is None or tp in active)
+                # A fetch that was under way when it was told to go back.
+                and TP(tp.topic, tp.partition) not in self._rewinds
             }
             if wanted:
                 self.transport.demand.clear()
@@ -204,6 +211,33 @@ class BatchConsumer(driver.Consumer):
             return False
         self._dropped = not self.flow_active
         return not self._dropped
+
+    def rewind(self, offsets: Mapping[TP, int]) -> None:
+        """Read partitions again from these offsets; what is in flight of them is dropped.
+
+        From there on offsets are committed anew, so that a crash on the way repeats it.
+        """
+        for tp, offset in offsets.items():
+            for batch in self._batches.pop(tp, ()):
+                batch._abandoned = True
+            self.tracker.rewind(tp)
+            self._rewinds[tp] = offset
+        self._changed.set()
+
+    async def _seek_back(self) -> bool:
+        """Go to where `rewind` said; False where that must be tried again."""
+        offsets = dict(self._rewinds)
+        try:
+            await self.seek_wait(offsets)
+        except Exception as error:  # the group may have moved on
+            self.log.warning("seek_failed error=%r; it is tried again", error)
+            await asyncio.sleep(SEEK_AGAIN_S)
+            return False
+        for tp, at in offsets.items():
+            # It may have been told to go elsewhere meanwhile.
+            if self._rewinds.get(tp) == at:
+                del self._rewinds[tp]
+        return True
 
     async def _wait_for_room(self, fetcher: Any) -> None:
         limit = self.transport.max_in_flight_events
@@ -299,6 +333,7 @@ class BatchConsumer(driver.Consumer):
         self._batches.clear()
         self.tracker.forget()
         self.end_offsets.clear()
+        self._rewinds.clear()
         self._changed.set()
         self.transport.on_change(None)
 

@@ -184,6 +184,17 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=registry,
         )
+        self.degraded = Gauge(
+            "streamrec_degraded",
+            "1 while the worker goes on with less (redis, model, overload): docs/delivery.md.",
+            ["reason"],
+            registry=registry,
+        )
+        self.redis_losses = Counter(
+            "streamrec_redis_losses",
+            "Times that Redis was found to have lost effects of a partition.",
+            registry=registry,
+        )
         self.stale_writes = Counter(
             "streamrec_stale_writes",
             "Writes that Redis refused, since another worker had written something newer.",

@@ -3,7 +3,8 @@
     one fetch -> micro-batch -> processor, in its thread -> output topic, dead letters -> finish
 
 While a micro-batch is published the next is processed. Both take micro-batches in order, so a
-user's events keep theirs. Only what is finished may be committed.
+user's events keep theirs. Only what is finished may be committed. What Redis does not take yet is
+published, and finished once it is in Redis.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from aiokafka.errors import KafkaError
 from faust.exceptions import ProducerSendError
 
+from worker.cache import Partition
 from worker.intake import RecordBatch
 from worker.metrics import Metrics
 from worker.outbox import (
@@ -34,24 +37,37 @@ from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: Shortest time in seconds between two looks whether Redis is back, where no events come in.
+ASK_AGAIN_S = 0.05
 #: What a lost or failing Kafka raises from a producer.
 KAFKA_FAILURES = (KafkaError, ProducerSendError, OSError, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
 class Processed:
-    """A micro-batch whose effects are in Redis."""
+    """A micro-batch whose effects are in Redis, or are held back for it."""
 
     batches: Sequence[RecordBatch]
     made: Made
 
 
 class Pipeline:
-    """Takes micro-batches through the processor and publishes what it made. One per worker."""
+    """Takes micro-batches through the processor and publishes what it made. One per worker.
+
+    Args:
+        on_rewind: has partitions read again from these offsets; drops what is in flight.
+    """
 
     def __init__(
-        self, settings: Settings, *, processor: Processor, outbox: Outbox, metrics: Metrics
+        self,
+        settings: Settings,
+        *,
+        processor: Processor,
+        outbox: Outbox,
+        metrics: Metrics,
+        on_rewind: Callable[[Mapping[Partition, int]], None],
     ) -> None:
+        self._on_rewind = on_rewind
         self._settings = settings
         self._processor = processor
         self._outbox = outbox
@@ -62,6 +78,11 @@ class Pipeline:
         #: Set while there is nothing to process; the intake clears it when it has brought more.
         self.demand = asyncio.Event()
 
+    @property
+    def waits_for_redis(self) -> bool:
+        """Whether Redis was away when it was asked last."""
+        return self._processor.waits_for_redis
+
     async def put(self, batches: Sequence[RecordBatch]) -> None:
         """Hand in a micro-batch."""
         await self._incoming.put(batches)
@@ -70,23 +91,28 @@ class Pipeline:
         """Both stages, until cancelled. An exception here is a defect: the process must restart."""
         # One thread for all batches: its caches stay warm, and what it allocates comes back to it.
         with ThreadPoolExecutor(1, "streamrec-processor") as thread:
-            try:
-                async with asyncio.TaskGroup() as stages:
-                    stages.create_task(self._process_stage(thread))
-                    stages.create_task(self._publish_stage())
-            finally:
-                self._processor.stop()
+            async with asyncio.TaskGroup() as stages:
+                stages.create_task(self._process_stage(thread))
+                stages.create_task(self._publish_stage())
 
     async def _process_stage(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while True:
             if self._incoming.empty():
                 self.demand.set()
-            batches = [batch for batch in await self._incoming.get() if batch.start()]
-            if not batches:
+            fetched = await self._next()
+            batches = [batch for batch in fetched if batch.start()]
+            if fetched and not batches:
                 continue
             records = [batch.records for batch in batches]
             made = await loop.run_in_executor(thread, self._processor.process, records)
+            if made.rewind:
+                # All that is in flight, these batches included, is read again.
+                self._on_rewind(made.rewind)
+                continue
+            if not made.durable:
+                self._processed.put_nowait(Processed(batches, made))
+                continue
             now, now_s = time.monotonic(), time.time()
             for batch in batches:
                 count, oldest_s = len(batch.records), batch.oldest_s
@@ -95,8 +121,20 @@ class Pipeline:
                     self._metrics.freshness_seconds.observe(max(0.0, now_s - oldest_s), count)
             self._processed.put_nowait(Processed(batches, made))
 
+    async def _next(self) -> Sequence[RecordBatch]:
+        """The next micro-batch; an empty one where it is time to ask Redis again."""
+        if not self._processor.waits_for_redis:
+            return await self._incoming.get()
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(
+                self._incoming.get(), max(ASK_AGAIN_S, self._processor.retry_in_s)
+            )
+        return []
+
     async def _publish_stage(self) -> None:
         first_read_at = float("inf")
+        #: Published, but their effects are not in Redis yet.
+        held: list[RecordBatch] = []
         while True:
             # Together, since a broker does as much for a small request as for a large one. Those
             # who ask Redis have their lists already.
@@ -106,10 +144,16 @@ class Pipeline:
                 processed.append(self._processed.get_nowait())
             await self._publish([one.made for one in processed])
             now = time.monotonic()
-            batches = [batch for one in processed for batch in one.batches]
-            first_read_at = min(first_read_at, batches[0].read_at)
-            self._metrics.busy_seconds.set(now - first_read_at)
-            for batch in batches:
+            durable: list[RecordBatch] = []
+            for one in processed:
+                held += one.batches
+                if one.made.durable:
+                    durable += held
+                    held = []
+            first_read_at = min([first_read_at, *(batch.read_at for batch in durable[:1])])
+            if durable:
+                self._metrics.busy_seconds.set(now - first_read_at)
+            for batch in durable:
                 batch.finish()
                 self._metrics.event_seconds.observe(now - batch.read_at, len(batch.records))
 

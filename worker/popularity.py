@@ -86,6 +86,10 @@ class PopularityTable:
         self.changed -= dropped
         self.removed |= dropped
 
+    def change_all(self) -> None:
+        """Have every item written: what was stored of them is lost."""
+        self.changed = set(self.weights)
+
     def copy_changes(self) -> PopularityTable:
         """A snapshot to write, and a clean slate here: the two may then go on side by side."""
         snapshot = PopularityTable(half_life_ms=self._half_life_ms, max_items=self._max_items)
@@ -94,6 +98,11 @@ class PopularityTable:
         snapshot.changed, self.changed = self.changed, set()
         snapshot.removed, self.removed = self.removed, set()
         return snapshot
+
+    def put_back(self, snapshot: PopularityTable) -> None:
+        """`snapshot` was not written: its changes are still to be."""
+        self.changed |= snapshot.changed & self.weights.keys()
+        self.removed |= snapshot.removed - self.weights.keys()
 
 
 def log2_add(left: float | None, right: float) -> float:

@@ -9,17 +9,15 @@ to thread costs more than a step of a small batch does (docs/benchmarks.md).
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TypeVar
 
 from worker.arms import judged_as
-from worker.cache import REDIS_FAILURES, Cache, PartitionKey, Refused, UserKey, encode
+from worker.cache import REDIS_FAILURES, Cache, Partition, PartitionKey, Refused, UserKey, encode
 from worker.cold_items import ColdItems
 from worker.events import (
     Decoder,
@@ -32,6 +30,7 @@ from worker.events import (
     Tombstone,
 )
 from worker.forget import erased, keys_of
+from worker.held import Held
 from worker.histories import Histories
 from worker.history import History
 from worker.lists import ListMaker
@@ -39,8 +38,9 @@ from worker.logs import hashed_user, place_of
 from worker.metrics import Metrics
 from worker.models import Models, Serving
 from worker.popularity import PopularityTable, most_popular
+from worker.progress import Progress
 from worker.ranking import Origin, Recommendations
-from worker.retry import until_it_works_or_stops
+from worker.retry import Outage
 from worker.rules import Rules
 from worker.settings import Settings
 from worker.text import MAX_TEXT_CHARS
@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 #: Candidates of the fallback are found anew after this many seconds at most.
 POPULAR_REFRESH_S = 1.0
+#: Histories in one write of a repair.
+REPAIR_BATCH = 512
 #: Cold items of other workers are asked for again this far back: their clocks may be behind.
 CLOCK_SKEW_S = 60.0
 
@@ -87,6 +89,22 @@ class Made:
     forgotten: list[Tombstone] = field(default_factory=list)
     #: Text by item of the cold items that were seen first in this batch.
     cold_items: dict[Surface, dict[str, str]] = field(default_factory=dict)
+    #: Whether Redis has all effects, those of earlier micro-batches included.
+    durable: bool = True
+    #: Offsets from which partitions must be read again, since Redis has lost what came of them.
+    rewind: dict[Partition, int] = field(default_factory=dict)
+
+
+class RedisAwayError(Exception):
+    """Redis does not answer, or does not take what is written."""
+
+
+class LostDataError(Exception):
+    """Redis has lost what was written before; `found` are the positions that it has."""
+
+    def __init__(self, found: dict[Partition, int]) -> None:
+        super().__init__(f"Redis has lost data: {found}")
+        self.found = found
 
 
 class Processor:
@@ -134,7 +152,15 @@ class Processor:
         #: When cold items are read from Redis next, in `time.monotonic()`, and from when on.
         self._cold_read_at = 0.0
         self._cold_since_s = dict.fromkeys(self._cold, 0.0)
-        self._stopping = threading.Event()
+        self._outage = Outage(metrics.degraded.labels("redis").set)
+        self._held = Held()
+        self._progress = Progress()
+        #: Popularity tables that were read since Redis was last seen to have lost nothing.
+        self._unproven_tables: set[PartitionKey] = set()
+        #: Partitions of which such a table was in Redis.
+        self._counted: set[Partition] = set()
+        #: Histories that are to be written before anything else, since Redis has lost them.
+        self._unrepaired: list[UserKey] = []
         #: Counts rebalances; `process` clears what it keeps of partitions after one.
         self._generation = 0
         self._cleared = 0
@@ -146,17 +172,21 @@ class Processor:
         """
         self._generation += 1
 
-    def stop(self) -> None:
-        """End a wait for Redis; from any thread."""
-        self._stopping.set()
+    @property
+    def waits_for_redis(self) -> bool:
+        """Whether Redis was away when it was asked last, or anything is held back for it."""
+        return self._outage.away or bool(self._held)
+
+    @property
+    def retry_in_s(self) -> float:
+        """Seconds until Redis should be asked again, by `process`, with or without records."""
+        return self._outage.due_in_s()
 
     def process(self, batches: Sequence[Records]) -> Made:
-        """Take in records and write what follows from them to Redis, however long that takes.
+        """Take in records and write what follows from them to Redis.
 
-        Repeating it changes nothing.
-
-        Raises:
-            StoppedError: `stop` was called while Redis was away.
+        Where Redis does not take it, it is held back; each call tries again. Repeating it changes
+        nothing.
         """
         generation = self._generation
         if self._cleared != generation:
@@ -166,63 +196,195 @@ class Processor:
         made = Made()
         with self._stage("decode"):
             now_ms = int(time.time() * 1000)
-            decoded = [
+            parts = [
                 part
                 for records in batches
                 for part in self._decoder.decode(records, now_ms=now_ms).cut()
             ]
-        self._metrics.batch_events.observe(sum(map(len, batches)))
-        first_time = True
-        while decoded:
+        if batches:
+            self._metrics.batch_events.observe(sum(map(len, batches)))
+        made.rejected = [one for part in parts for one in part.rejected]
+        try:
+            if not batches and not self._held:
+                self._look()
+            again, parked = self._catch_up()
+            self._progress.took(batches)
+            # Together: until all are written, no position says that they are.
+            self._take([*again, *parked, *parts], made, first_time=not again)
+        except LostDataError as error:
+            self._progress.took(batches)
+            return Made(rewind=self._repair(error.found))
+        if generation != self._generation:
+            # A rebalance came in between. The batch is read again by whoever owns it now.
+            return Made()
+        made.durable = not self._held
+        return made
+
+    def _take(self, parts: Sequence[EventBatch], made: Made, *, first_time: bool) -> None:
+        """Apply `parts`, make lists, and write both or hold them back."""
+        generation = self._generation
+        while parts:
             with self._stage("history"):
-                changes = self._apply(decoded, made, first_time=first_time)
+                parts = self._ready(parts)
+                changes = self._apply(parts, made, first_time=first_time)
             lists: dict[UserKey, Recommendations] = {}
             for surface, users in _by_surface(changes.touched).items():
                 lists |= self._recommend(surface, users)
             if generation != self._generation:
-                # A rebalance came in between. The batch is read again by whoever owns it now.
-                return Made()
-            with self._stage("cache"):
-                refused = self._write(changes, lists, made)
+                return
+            encoded = {key: encode(one) for key, one in lists.items()}
+            refused: set[UserKey] = set()
+            away = bool(self._held)
+            if not away:
+                with self._stage("cache"):
+                    try:
+                        refused = self._write(
+                            changes.touched, changes.emptied, encoded, made.cold_items
+                        )
+                    except RedisAwayError:
+                        away = True
+            if away:
+                self._held.hold(parts, changes.touched, changes.emptied, encoded, made.cold_items)
+            made.lists += [(one, encoded[key]) for key, one in lists.items() if key not in refused]
+            made.forgotten += [
+                one
+                for one in changes.tombstones
+                if not refused.issuperset(keys_of(one.user_id)) and one not in made.forgotten
+            ]
             # Another worker has been at these users. Once more, on top of what it wrote: events
             # that it has taken are repeats then.
-            decoded = [_only(batch, refused) for batch in decoded] if refused else []
+            parts = [_only(part, refused) for part in parts] if refused else []
             first_time = False
-        return made
+
+    def _look(self) -> None:
+        """See whether Redis has what it should, with nothing to write."""
+        with suppress(RedisAwayError):
+            self._write((), (), {}, {})
+
+    def _catch_up(self) -> tuple[list[EventBatch], list[EventBatch]]:
+        """Write what was held back. Returns what is to be taken again, since another worker has
+        been at its users, and what was parked; nothing while Redis is away."""
+        held = self._held
+        if not held or self._outage.due_in_s():
+            return [], []
+        again: list[EventBatch] = []
+        if held.taken:
+            with self._stage("cache"):
+                try:
+                    refused = self._write(held.touched, held.emptied, held.lists, held.cold_items)
+                except RedisAwayError:
+                    return [], []
+            again = [_only(part, refused) for part in held.taken] if refused else []
+            held.written()
+        return again, held.unpark()
+
+    def _ready(self, parts: Sequence[EventBatch]) -> Sequence[EventBatch]:
+        """Have histories and popularity tables in memory; what cannot go on without is parked."""
+        ready = parts
+        if not self._held:
+            try:
+                self._load(parts)
+            except RedisAwayError:
+                ready = self._park(parts)
+        else:
+            ready = self._park(parts)
+        for part in parts:
+            counted: dict[Surface, list[Event]] = {}
+            for event in part.events:
+                counted.setdefault(event.surface, []).append(event)
+            for surface, events in counted.items():
+                table = self._popularity.get(_place_of(part, surface))
+                if table is not None:
+                    table.add(events)
+        return ready
+
+    def _park(self, parts: Sequence[EventBatch]) -> list[EventBatch]:
+        return self._held.split(parts, self._histories.__contains__, self._popularity.__contains__)
+
+    def _load(self, parts: Sequence[EventBatch]) -> None:
+        self._histories.load(_keys(parts))
+        for part in parts:
+            for surface in {event.surface for event in part.events}:
+                self._load_table(_place_of(part, surface))
+
+    def _load_table(self, place: PartitionKey) -> None:
+        if place in self._popularity:
+            return
+        table = PopularityTable(
+            half_life_ms=int(self._settings.popularity_half_life_s * 1000),
+            max_items=self._settings.popularity_max_items,
+        )
+        self._redis("read_popularity", lambda: self._cache.read_popularity(place, table))
+        self._popularity[place] = table
+        self._unproven_tables.add(place)
+        if table.offset >= 0:
+            self._counted.add((place.topic, place.partition))
+
+    def _repair(self, found: Mapping[Partition, int]) -> dict[Partition, int]:
+        """Redis has lost effects, as after a restart or a failover. What is in memory is written
+        once more; returns the offsets from which to read partitions again for the rest."""
+        for (topic, number), offset in found.items():
+            log.error(
+                "redis_lost_data topic=%s partition=%d stored_position=%d expected_position=%d;"
+                " events are read again from there",
+                topic, number, offset, self._progress.expected[topic, number],
+            )  # fmt: skip
+        self._metrics.redis_losses.inc(len(found))
+        self._held.clear()
+        self._trials.clear()
+        for place in self._unproven_tables:
+            self._popularity.pop(place, None)
+        self._unproven_tables.clear()
+        for table in self._popularity.values():
+            table.change_all()
+        self._unrepaired = self._histories.doubt()
+        return self._progress.go_back(found)
+
+    def _write_unrepaired(self) -> None:
+        """Write the histories in memory after a loss: what Kafka keeps no longer is only there.
+
+        Raises:
+            RedisAwayError: some are still to be written.
+        """
+        while self._unrepaired:
+            stored = self._histories.stored(self._unrepaired[:REPAIR_BATCH])
+            self._redis(
+                "repair",
+                lambda stored=stored: self._cache.write_batch(  # type: ignore[misc]
+                    histories=stored, recommendations={}, popularity={}
+                ),
+            )
+            del self._unrepaired[:REPAIR_BATCH]
 
     def _clear(self) -> None:
         self._histories.clear()
         self._popularity.clear()
+        self._unproven_tables.clear()
+        self._counted.clear()
+        self._unrepaired.clear()
         self._popular.clear()
         self._trials.clear()
+        self._held.clear()
+        self._progress.clear()
 
     # -- events
 
     def _apply(self, decoded: Sequence[EventBatch], made: Made, *, first_time: bool) -> Changes:
-        """Apply events to histories and popularity, and erase users.
+        """Apply events to histories, and erase users.
 
         Args:
             decoded: each with its tombstones behind its events (`EventBatch.cut`).
         """
-        keys = [
-            [UserKey(event.user_id, event.surface) for event in batch.events] for batch in decoded
-        ]
-        histories = self._histories.load(
-            chain(
-                chain.from_iterable(keys),
-                *(keys_of(one.user_id) for batch in decoded for one in batch.tombstones),
-            )
-        )
+        histories = self._histories.load(_keys(decoded))
         touched: dict[UserKey, Touched] = {}
         emptied: set[UserKey] = set()
         tombstones: list[Tombstone] = []
         outcomes: Counter[tuple[Surface, str, str]] = Counter()
         # Taken once: a swap in between must not mix two trials.
         serving = {surface: self._models.serving(surface) for surface in Surface}
-        for batch, own in zip(decoded, keys, strict=True):
-            made.rejected += batch.rejected
-            counted: dict[Surface, list[Event]] = {}
-            for event, key in zip(batch.events, own, strict=True):
+        for batch in decoded:
+            for event in batch.events:
+                key = UserKey(event.user_id, event.surface)
                 history = histories[key]
                 judging = self._trials.wants(event, history)
                 try:
@@ -241,15 +403,11 @@ class Processor:
                     # may never have arrived. Those before it could only bring back an older list.
                     if outcome != "duplicate" or _is_last(event, history):
                         touched[key] = Touched(history, event)
-                    counted.setdefault(event.surface, []).append(event)
                     if judging and outcome == "applied":
                         self._judge(serving[event.surface], event, history)
                     if event.text:
                         self._note_text(event, event.text, made)
                 outcomes[event.surface, event.event_type, outcome] += 1
-            for surface, events in counted.items():
-                place = PartitionKey(surface, batch.records.topic, batch.records.partition)
-                self._table(place).add(events)
             for tombstone in batch.tombstones:
                 erased_keys = self._forget_user(tombstone, histories, touched)
                 if erased_keys:
@@ -290,23 +448,14 @@ class Processor:
             )  # fmt: skip
         return emptied
 
-    def _table(self, place: PartitionKey) -> PopularityTable:
-        table = self._popularity.get(place)
-        if table is None:
-            fresh = table = PopularityTable(
-                half_life_ms=int(self._settings.popularity_half_life_s * 1000),
-                max_items=self._settings.popularity_max_items,
-            )
-            self._redis("read_popularity", lambda: self._cache.read_popularity(place, fresh))
-            self._popularity[place] = table
-        return table
-
     def _judge(self, serving: Serving | None, event: Event, history: History) -> None:
         """Count whether what the user wanted was on the list served before."""
         self._trials.count(event, history)
         judged = None if serving is None else judged_as(serving, event.user_id, history)
         if serving is not None and judged is not None:
-            self._trials.note(_place(event), event, history, serving.period, judged)
+            # Where the tally cannot be read, its figures go without this event.
+            with suppress(RedisAwayError):
+                self._trials.note(_place(event), event, history, serving.period, judged)
 
     # -- items that a model has not seen
 
@@ -324,7 +473,7 @@ class Processor:
     def _share_cold_items(self) -> None:
         """Take in the cold items that other workers saw, and those from before a restart."""
         now = time.monotonic()
-        if now < self._cold_read_at or not self._settings.cold_items_max:
+        if now < self._cold_read_at or not self._settings.cold_items_max or self._outage.away:
             return
         self._cold_read_at = now + self._settings.cold_items_poll_s
         now_s = time.time()
@@ -359,7 +508,8 @@ class Processor:
         )
         if serving is not None and compared is not None:
             place = _place(next(iter(users.values())).event)
-            self._trials.compared(place, serving.period, compared)
+            with suppress(RedisAwayError):
+                self._trials.compared(place, serving.period, compared)
         now_ms = int(time.time() * 1000)
         return {
             key: Recommendations(
@@ -392,13 +542,21 @@ class Processor:
     # -- Redis
 
     def _write(
-        self, changes: Changes, lists: dict[UserKey, Recommendations], made: Made
+        self,
+        touched: Iterable[UserKey],
+        emptied: Iterable[UserKey],
+        lists: Mapping[UserKey, bytes],
+        cold_items: Mapping[Surface, Mapping[str, str]],
     ) -> set[UserKey]:
         """Write histories, lists, popularity and cold items, and remove what was erased; returns
-        users of whom Redis has something newer, and who were not written."""
-        encoded = {key: encode(one) for key, one in lists.items()}
-        histories = self._histories.stored(changes.touched)
-        forgotten = self._histories.stored(changes.emptied)
+        users of whom Redis has something newer, and who were not written.
+
+        Raises:
+            RedisAwayError: Redis does not take it.
+            LostDataError: Redis has lost what was written before; nothing was written.
+        """
+        self._write_unrepaired()
+        histories, forgotten = self._histories.stored(touched), self._histories.stored(emptied)
         popularity = {
             place: table.copy_changes()
             for place, table in self._popularity.items()
@@ -408,28 +566,63 @@ class Processor:
             place: (table.offset, table.record_time_ms) for place, table in self._popularity.items()
         }
         tallies = self._trials.changes(reached)
-        refused = self._redis(
-            "write_batch",
-            lambda: self._cache.write_batch(
-                histories=histories,
-                forgotten=forgotten,
-                recommendations=encoded,
-                popularity=popularity,
-                cold_items=made.cold_items,
-                tallies=tallies,
-            ),
-        )
+
+        def write() -> Refused:
+            return self._redis(
+                "write_batch",
+                lambda: self._cache.write_batch(
+                    histories=histories,
+                    forgotten=forgotten,
+                    recommendations=lists,
+                    popularity=popularity,
+                    cold_items=cold_items,
+                    tallies=tallies,
+                    positions=self._progress.positions(whole=not self._held.parked),
+                ),
+            )
+
+        try:
+            refused = write()
+            while refused.lost:
+                self._accept(refused.lost)
+                refused = write()
+        except BaseException:
+            for place, changes in popularity.items():
+                self._popularity[place].put_back(changes)
+            raise
+        self._outage.over()
+        self._progress.wrote(whole=not self._held.parked)
+        self._histories.trust()
+        self._unproven_tables.clear()
         self._trials.written()
         self._drop(refused)
         self._histories.trim()
-        users = set(refused.users)
-        made.lists += [(one, encoded[key]) for key, one in lists.items() if key not in users]
-        made.forgotten += [
-            one
-            for one in changes.tombstones
-            if not users.issuperset(keys_of(one.user_id)) and one not in made.forgotten
-        ]
-        return users
+        return set(refused.users)
+
+    def _accept(self, found: Mapping[Partition, int]) -> None:
+        """Go on from the positions that Redis has, where that is right.
+
+        Raises:
+            LostDataError: it is not.
+        """
+        lost = {}
+        for partition, offset in found.items():
+            topic, number = partition
+            if not offset and partition in self._counted and not self._progress.written(partition):
+                # Written by a release that kept no positions.
+                log.info("position_adopted topic=%s partition=%d", topic, number)
+            elif self._settings.redis_repair:
+                lost[partition] = offset
+            else:
+                self._metrics.redis_losses.inc()
+                log.error(
+                    "redis_lost_data topic=%s partition=%d stored_position=%d"
+                    " expected_position=%d; STREAMREC_REDIS_REPAIR is off: nothing is done",
+                    topic, number, offset, self._progress.expected[partition],
+                )  # fmt: skip
+        if lost:
+            raise LostDataError(lost)
+        self._progress.adopt(found)
 
     def _drop(self, refused: Refused) -> None:
         """Read again what another worker has changed."""
@@ -451,22 +644,35 @@ class Processor:
         return self._redis("read_users", lambda: self._cache.read_users(keys))
 
     def _redis(self, name: str, operation: Callable[[], T]) -> T:
-        seconds = self._metrics.redis_seconds.labels(name)
+        """Run an operation of Redis, once.
 
-        def timed() -> T:
-            with seconds.time():
+        Raises:
+            RedisAwayError: it failed, or another has and it is too early to ask again.
+        """
+        if self._outage.due_in_s():
+            raise RedisAwayError(name)
+        try:
+            with self._metrics.redis_seconds.labels(name).time():
                 return operation()
-
-        return until_it_works_or_stops(
-            timed,
-            name=name,
-            failures=REDIS_FAILURES,
-            stopping=self._stopping,
-            on_failure=self._metrics.redis_errors.labels(name).inc,
-        )
+        except REDIS_FAILURES as error:
+            self._metrics.redis_errors.labels(name).inc()
+            self._outage.failed(name, error)
+            raise RedisAwayError(name) from error
 
     def _stage(self, name: str) -> AbstractContextManager[object]:
         return self._metrics.stage_seconds.labels(name).time()
+
+
+def _keys(parts: Iterable[EventBatch]) -> Iterator[UserKey]:
+    for part in parts:
+        for event in part.events:
+            yield UserKey(event.user_id, event.surface)
+        for tombstone in part.tombstones:
+            yield from keys_of(tombstone.user_id)
+
+
+def _place_of(part: EventBatch, surface: Surface) -> PartitionKey:
+    return PartitionKey(surface, part.records.topic, part.records.partition)
 
 
 def _by_surface(touched: dict[UserKey, Touched]) -> dict[Surface, dict[UserKey, Touched]]:

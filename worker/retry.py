@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -16,10 +16,6 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
-
-
-class StoppedError(Exception):
-    """The worker stops: what waits for a dependency is given up."""
 
 
 class _Attempts:
@@ -70,26 +66,33 @@ async def until_it_works(
             return result
 
 
-def until_it_works_or_stops(
-    operation: Callable[[], T],
-    *,
-    name: str,
-    failures: tuple[type[BaseException], ...],
-    stopping: threading.Event,
-    on_failure: Callable[[], None] = lambda: None,
-) -> T:
-    """As `until_it_works`, for a thread.
+class Outage:
+    """Whether a dependency is away, and when to ask it again. For one thread."""
 
-    Raises:
-        StoppedError: `stopping` was set before it worked.
-    """
-    attempts = _Attempts(name, on_failure)
-    while True:
-        try:
-            result = operation()
-        except failures as error:
-            if stopping.wait(attempts.failed(error)):
-                raise StoppedError(f"{name} was given up at a stop") from None
-        else:
-            attempts.succeeded()
-            return result
+    def __init__(self, on_change: Callable[[bool], None] = lambda away: None) -> None:
+        self._on_change = on_change
+        self._attempts: _Attempts | None = None
+        self._again_at = 0.0
+
+    @property
+    def away(self) -> bool:
+        """Whether the last attempt failed."""
+        return self._attempts is not None
+
+    def due_in_s(self) -> float:
+        """Seconds until the next attempt; 0 where it may be made now."""
+        return max(0.0, self._again_at - time.monotonic()) if self.away else 0.0
+
+    def failed(self, name: str, error: BaseException) -> None:
+        """Operation `name` failed."""
+        if self._attempts is None:
+            self._attempts = _Attempts(name, lambda: None)
+            self._on_change(True)
+        self._again_at = time.monotonic() + self._attempts.failed(error)
+
+    def over(self) -> None:
+        """An operation that must work, did."""
+        if self._attempts is not None:
+            self._attempts.succeeded()
+            self._attempts = None
+            self._on_change(False)

@@ -137,6 +137,10 @@ class Settings(BaseSettings):
         90 * 86400, ge=1, description="Histories expire this long after the user's last event."
     )
 
+    redis_repair: bool = Field(
+        True,
+        description="Where Redis has lost data, events are read again from where it has them.",
+    )
     forget_ttl_s: int = Field(
         86400,
         ge=1,

@@ -86,6 +86,13 @@ call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 
+#: Writes a number unless a larger one is stored. KEYS: the number. ARGV: the number.
+ADVANCE = b"""
+local stored = tonumber(redis.call('GET', KEYS[1]) or -1)
+if stored < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
+return 1
+"""
+
 
 def mark(applied: Sequence[Applied]) -> bytes:
     """The mark of what holds `applied`, the newest last; empty where that is nothing."""

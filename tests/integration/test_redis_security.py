@@ -12,7 +12,7 @@ from tests.conftest import ITEMS, tiny_bundle
 from tests.integration.certificates import Authority
 from tests.integration.redis_tls import tls_redis
 from tests.integration.support import World, event, eventually
-from worker.cache import Cache, PartitionKey, UserKey
+from worker.cache import Cache, PartitionKey, Position, UserKey
 from worker.errors import CacheError
 from worker.events import Surface
 from worker.local.redis_server import RedisServer
@@ -134,6 +134,7 @@ def use_all(cache: Cache) -> None:
         popularity={place: table},
         cold_items={Surface.POSTS: {"new": "a text"}},
         tallies={place: first},
+        positions={("events", 0): Position(0, 1)},
     )
     cache.write_batch(histories={}, recommendations={}, popularity={}, forgotten={key: second})
     cache.read_users([key])

@@ -38,6 +38,8 @@ class Consumer(BatchConsumer):
         self.position_ = 0
         self.handed_over: list[int] = []
         self.during_fetch: list[Callable[[], None]] = []
+        self._rewinds = {}
+        self._changed = asyncio.Event()
         self.failing_seeks = 0
         self.stopped = False
         demand = asyncio.Event()
@@ -72,6 +74,10 @@ class Consumer(BatchConsumer):
             self.failing_seeks -= 1
             raise RuntimeError("the group is rebalancing")
         self.position_ = 0  # nothing is committed
+
+    async def seek_wait(self, partitions: Any) -> None:
+        await self.perform_seek()
+        self.position_ = partitions[PLACE]
 
     async def _wait_next_records(self, timeout: float) -> Any:
         found = [
@@ -154,6 +160,39 @@ def test_reading_goes_on_after_a_rebalance_took_back_what_was_to_answer_the_dema
 
     asyncio.run(rebalance())
     assert consumer.handed_over == [0, 1, *LOG]
+
+
+@pytest.mark.parametrize("failing_seeks", [0, 2])
+def test_a_partition_is_read_again_from_where_it_is_told(failing_seeks: int) -> None:
+    """Told while a fetch is under way: what that brings is dropped, as is what is in flight."""
+    consumer = Consumer()
+    consumer.failing_seeks = failing_seeks
+    consumer.during_fetch = [lambda: None, lambda: None, lambda: consumer.rewind({PLACE: 1})]
+    assert run(consumer) == [0, 1, 2, 3, *LOG[1:]]
+    # Committed from there on, and all of it may be.
+    assert consumer.tracker.positions() == {PLACE: 1}
+    assert consumer.tracker.in_flight == len(LOG) - 1
+    for batch in list(consumer._batches[PLACE]):
+        assert batch.start()
+        batch.finish()
+    assert consumer.tracker.committable() == {PLACE: len(LOG)}
+
+
+def test_batches_from_before_it_was_told_to_go_back_are_not_worked_on_nor_finished() -> None:
+    consumer = Consumer()
+    before: list[Any] = []
+
+    def go_back() -> None:
+        before.extend(consumer._batches[PLACE])
+        assert before[0].start()
+        consumer.rewind({PLACE: 0})
+
+    consumer.during_fetch = [lambda: None, go_back]
+    assert run(consumer) == [0, 1, *LOG]
+    for batch in before:
+        batch.finish()
+        assert not batch.start()
+    assert consumer.tracker.committable() == {}
 
 
 def test_fetches_keep_their_distance() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,14 +10,16 @@ from typing import Any, cast
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from worker.cache import Refused
-from worker.events import Records
+from worker.cache import Position, Refused, UserKey
+from worker.events import Records, Surface
 from worker.history import History
 from worker.metrics import Metrics
 from worker.processor import Processor
-from worker.retry import StoppedError
 from worker.rules import Rules
 from worker.settings import load_settings
+
+ANN = UserKey("ann", Surface.POSTS)
+PLACE = ("events", 0)
 
 
 class FakeRedis:
@@ -28,6 +30,9 @@ class FakeRedis:
         self.failures = 0
         self.writes: list[dict[str, Any]] = []
         self.reads = 0
+
+    def fail(self) -> None:
+        raise RedisConnectionError("Redis is away")
 
     def read_users(self, keys: list[Any]) -> list[tuple[None, None]]:
         self.reads += 1
@@ -40,8 +45,8 @@ class FakeRedis:
     def write_batch(self, **effects: Any) -> Refused:
         if self.failures:
             self.failures -= 1
-            raise RedisConnectionError("Redis is away")
-        self.writes.append(effects)
+            self.fail()
+        self.writes.append({name: dict(effect) for name, effect in effects.items()})
         return Refused()
 
 
@@ -72,9 +77,9 @@ def records(*values: bytes | None, first: int = 0) -> Records:
     return Records("events", 0, offsets, [b"ann"] * count, values, [1_764_000_000_000] * count)
 
 
-def view(item: str) -> bytes:
+def view(item: str, user: str = "ann") -> bytes:
     return (
-        f'{{"user_id":"ann","item_id":"{item}","event_type":"view","surface":"posts",'
+        f'{{"user_id":"{user}","item_id":"{item}","event_type":"view","surface":"posts",'
         '"timestamp":1764000000000}'
     ).encode()
 
@@ -96,19 +101,23 @@ def test_after_a_rebalance_histories_are_read_again(processor: Processor, redis:
     assert redis.reads == 2
 
 
-def test_what_redis_refuses_is_written_again(processor: Processor, redis: FakeRedis) -> None:
-    redis.failures = 2
+def test_what_redis_does_not_take_is_held_back_and_written_later(
+    processor: Processor, redis: FakeRedis
+) -> None:
+    redis.failures = 1
     made = processor.process([records(view("p1"))])
-    assert len(made.lists) == 1
-    assert len(redis.writes) == 1
-
-
-def test_a_stop_ends_the_wait_for_redis(processor: Processor, redis: FakeRedis) -> None:
-    redis.failures = 10**9
-    threading.Timer(0.05, processor.stop).start()
-    with pytest.raises(StoppedError, match="write_batch"):
-        processor.process([records(view("p1"))])
-    assert redis.writes == []
+    assert (len(made.lists), made.durable, redis.writes) == (1, False, [])
+    assert processor.waits_for_redis
+    # Too early to ask again: users in memory go on.
+    made = processor.process([records(view("p2"), first=1)])
+    assert (len(made.lists), made.durable, redis.writes) == (1, False, [])
+    time.sleep(processor.retry_in_s)
+    made = processor.process([])
+    assert (made.lists, made.durable) == ([], True)
+    (effects,) = redis.writes
+    assert list(effects["histories"]) == list(effects["recommendations"]) == [ANN]
+    assert History.from_bytes(effects["histories"][ANN], 9).items == ("p1", "p2")
+    assert not processor.waits_for_redis
 
 
 def test_a_tombstone_takes_the_list_of_earlier_events_and_leaves_that_of_later_ones(
@@ -149,3 +158,44 @@ def test_nothing_that_a_producer_sends_becomes_a_label(
     }
     assert {"posts", "view"} <= labels
     assert not [value for value in labels if "hostile" in value or "ann" in value]
+
+
+def test_users_who_are_not_in_memory_wait_for_redis(processor: Processor, redis: FakeRedis) -> None:
+    redis.on_read = redis.fail
+    made = processor.process([records(view("p1"), b"not JSON")])
+    assert (made.lists, len(made.rejected), made.durable) == ([], 1, False)
+    redis.on_read = lambda: None
+    time.sleep(processor.retry_in_s)
+    made = processor.process([records(view("p2"), first=2)])
+    assert ([one.origin.offset for one, _ in made.lists], made.durable) == ([2], True)
+    assert made.rejected == []
+    assert History.from_bytes(redis.writes[0]["histories"][ANN], 9).items == ("p1", "p2")
+
+
+def test_what_is_held_back_is_let_go_after_a_rebalance(
+    processor: Processor, redis: FakeRedis
+) -> None:
+    redis.failures = 1
+    processor.process([records(view("p1"))])
+    processor.forget()
+    time.sleep(processor.retry_in_s)
+    assert processor.process([]).durable
+    assert [effects["histories"] for effects in redis.writes] == [{}]
+
+
+def test_the_position_is_not_written_before_what_was_parked(
+    processor: Processor, redis: FakeRedis
+) -> None:
+    processor.process([records(view("p1"))])
+    redis.failures = 1
+    processor.process([records(view("p2"), first=1)])
+    processor.process([records(view("p3", "bob"), first=2)])
+    redis.on_read = redis.fail
+    time.sleep(processor.retry_in_s)
+    assert not processor.process([]).durable
+    held = redis.writes[-1]
+    assert (list(held["histories"]), held["positions"]) == ([ANN], {PLACE: Position(1, 1)})
+    redis.on_read = lambda: None
+    time.sleep(processor.retry_in_s)
+    assert processor.process([]).durable
+    assert redis.writes[-1]["positions"] == {PLACE: Position(1, 3)}
