@@ -204,15 +204,10 @@ class Processor:
         if batches:
             self._metrics.batch_events.observe(sum(map(len, batches)))
         made.rejected = [one for part in parts for one in part.rejected]
+        self._progress.took(batches)
         try:
-            if not batches and not self._held:
-                self._look()
-            again, parked = self._catch_up()
-            self._progress.took(batches)
-            # Together: until all are written, no position says that they are.
-            self._take([*again, *parked, *parts], made, first_time=not again)
+            self._take(parts, made)
         except LostDataError as error:
-            self._progress.took(batches)
             return Made(rewind=self._repair(error.found))
         if generation != self._generation:
             # A rebalance came in between. The batch is read again by whoever owns it now.
@@ -220,75 +215,55 @@ class Processor:
         made.durable = not self._held
         return made
 
-    def _take(self, parts: Sequence[EventBatch], made: Made, *, first_time: bool) -> None:
-        """Apply `parts`, make lists, and write both or hold them back."""
-        generation = self._generation
-        while parts:
+    def _take(self, parts: Sequence[EventBatch], made: Made) -> None:
+        """Apply `parts` and make lists; write what follows from them, and all that was held back,
+        unless Redis is away.
+
+        Raises:
+            LostDataError: Redis has lost what was written before.
+        """
+        generation, held = self._generation, self._held
+        first_time = True
+        while True:
             with self._stage("history"):
-                parts = self._ready(parts)
-                changes = self._apply(parts, made, first_time=first_time)
+                ready = self._ready(parts)
+                changes = self._apply(ready, made, first_time=first_time)
             lists: dict[UserKey, Recommendations] = {}
             for surface, users in _by_surface(changes.touched).items():
                 lists |= self._recommend(surface, users)
             if generation != self._generation:
                 return
             encoded = {key: encode(one) for key, one in lists.items()}
+            held.hold(ready, changes.touched, changes.emptied, encoded, made.cold_items)
             refused: set[UserKey] = set()
-            away = bool(self._held)
-            if not away:
-                with self._stage("cache"):
-                    try:
-                        refused = self._write(
-                            changes.touched, changes.emptied, encoded, made.cold_items
-                        )
-                    except RedisAwayError:
-                        away = True
-            if away:
-                self._held.hold(parts, changes.touched, changes.emptied, encoded, made.cold_items)
+            # With all that was parked, or not at all: what is written says how far all was taken.
+            if not held.parked:
+                with self._stage("cache"), suppress(RedisAwayError):
+                    refused, parts = self._write()
             made.lists += [(one, encoded[key]) for key, one in lists.items() if key not in refused]
             made.forgotten += [
                 one
                 for one in changes.tombstones
                 if not refused.issuperset(keys_of(one.user_id)) and one not in made.forgotten
             ]
+            if not refused:
+                return
             # Another worker has been at these users. Once more, on top of what it wrote: events
             # that it has taken are repeats then.
-            parts = [_only(part, refused) for part in parts] if refused else []
             first_time = False
 
-    def _look(self) -> None:
-        """See whether Redis has what it should, with nothing to write."""
-        with suppress(RedisAwayError):
-            self._write((), (), {}, {})
-
-    def _catch_up(self) -> tuple[list[EventBatch], list[EventBatch]]:
-        """Write what was held back. Returns what is to be taken again, since another worker has
-        been at its users, and what was parked; nothing while Redis is away."""
-        held = self._held
-        if not held or self._outage.due_in_s():
-            return [], []
-        again: list[EventBatch] = []
-        if held.taken:
-            with self._stage("cache"):
-                try:
-                    refused = self._write(held.touched, held.emptied, held.lists, held.cold_items)
-                except RedisAwayError:
-                    return [], []
-            again = [_only(part, refused) for part in held.taken] if refused else []
-            held.written()
-        return again, held.unpark()
-
     def _ready(self, parts: Sequence[EventBatch]) -> Sequence[EventBatch]:
-        """Have histories and popularity tables in memory; what cannot go on without is parked."""
-        ready = parts
-        if not self._held:
-            try:
-                self._load(parts)
-            except RedisAwayError:
-                ready = self._park(parts)
-        else:
+        """What can be applied, that is, whose histories and popularity tables are in memory: all,
+        with what was parked before, unless Redis is away. The rest is parked."""
+        every = [*self._held.parked, *parts]
+        try:
+            self._load(every)
+        except RedisAwayError:
             ready = self._park(parts)
-        for part in parts:
+        else:
+            self._held.unpark()
+            ready = every
+        for part in every:
             counted: dict[Surface, list[Event]] = {}
             for event in part.events:
                 counted.setdefault(event.surface, []).append(event)
@@ -541,22 +516,21 @@ class Processor:
 
     # -- Redis
 
-    def _write(
-        self,
-        touched: Iterable[UserKey],
-        emptied: Iterable[UserKey],
-        lists: Mapping[UserKey, bytes],
-        cold_items: Mapping[Surface, Mapping[str, str]],
-    ) -> set[UserKey]:
-        """Write histories, lists, popularity and cold items, and remove what was erased; returns
-        users of whom Redis has something newer, and who were not written.
+    def _write(self) -> tuple[set[UserKey], list[EventBatch]]:
+        """Write what is held: histories, lists, popularity and cold items, and remove what was
+        erased.
+
+        Returns:
+            Users of whom Redis has something newer, and who were not written; and their events.
 
         Raises:
             RedisAwayError: Redis does not take it.
             LostDataError: Redis has lost what was written before; nothing was written.
         """
         self._write_unrepaired()
-        histories, forgotten = self._histories.stored(touched), self._histories.stored(emptied)
+        held = self._held
+        histories = self._histories.stored(held.touched)
+        forgotten = self._histories.stored(held.emptied)
         popularity = {
             place: table.copy_changes()
             for place, table in self._popularity.items()
@@ -573,11 +547,11 @@ class Processor:
                 lambda: self._cache.write_batch(
                     histories=histories,
                     forgotten=forgotten,
-                    recommendations=lists,
+                    recommendations=held.lists,
                     popularity=popularity,
-                    cold_items=cold_items,
+                    cold_items=held.cold_items,
                     tallies=tallies,
-                    positions=self._progress.positions(whole=not self._held.parked),
+                    positions=self._progress.positions(),
                 ),
             )
 
@@ -591,13 +565,16 @@ class Processor:
                 self._popularity[place].put_back(changes)
             raise
         self._outage.over()
-        self._progress.wrote(whole=not self._held.parked)
+        self._progress.wrote()
         self._histories.trust()
         self._unproven_tables.clear()
         self._trials.written()
         self._drop(refused)
         self._histories.trim()
-        return set(refused.users)
+        users = set(refused.users)
+        again = [_only(part, users) for part in held.taken] if users else []
+        held.written()
+        return users, again
 
     def _accept(self, found: Mapping[Partition, int]) -> None:
         """Go on from the positions that Redis has, where that is right.

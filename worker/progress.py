@@ -31,22 +31,17 @@ class Progress:
             self.expected.setdefault(partition, records.offsets[0])
             self._reached[partition] = records.offsets[-1] + 1
 
-    def positions(self, *, whole: bool) -> dict[Partition, Position]:
-        """What to check and write.
-
-        Args:
-            whole: whether the effects of all that was taken are in this write or earlier ones.
-        """
+    def positions(self) -> dict[Partition, Position]:
+        """What to check, and to write with the effects of all that was taken."""
         return {
-            partition: Position(expected, self._reached[partition] if whole else expected)
+            partition: Position(expected, self._reached[partition])
             for partition, expected in self.expected.items()
         }
 
-    def wrote(self, *, whole: bool) -> None:
+    def wrote(self) -> None:
         """Such positions are in Redis."""
-        if whole:
-            self.expected.update(self._reached)
-            self._written.update(self._reached)
+        self.expected.update(self._reached)
+        self._written.update(self._reached)
 
     def written(self, partition: Partition) -> bool:
         """Whether a position of `partition` was written since it was assigned."""

@@ -116,13 +116,13 @@ def _give_up_publishing() -> None:
 
 def _failed_write_is_done() -> None:
     def write(function: Any) -> Any:
-        from worker.cache import REDIS_FAILURES
+        from worker.cache import REDIS_FAILURES, Refused
 
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except REDIS_FAILURES:
-                return None
+                return Refused()
 
         return run
 
@@ -170,6 +170,16 @@ def _failed_refresh_is_fatal() -> None:
     replace("worker.models:Models.refresh", refresh)
 
 
+def _ignore_losses() -> None:
+    def accept(_: Any) -> Any:
+        def run(processor: Any, found: Any) -> None:
+            processor._progress.adopt(found)
+
+        return run
+
+    replace("worker.processor:Processor._accept", accept)
+
+
 MUTATIONS = {
     "commit_at_start": Mutation("a batch counts as finished before its effects", _commit_at_start),
     "commit_position": Mutation("what was read is committed", _commit_position),
@@ -183,6 +193,7 @@ MUTATIONS = {
         f"a publish is given up after {IMPATIENT_S:.0f} s", _give_up_publishing
     ),
     "failed_write_is_done": Mutation("a failed write to Redis passes", _failed_write_is_done),
+    "ignore_losses": Mutation("Redis is not held to what it had", _ignore_losses),
     "no_backpressure": Mutation("reading never pauses", _no_backpressure),
     "drop_when_behind": Mutation(
         f"events older than {IMPATIENT_S:.0f} s are passed over", _drop_when_behind

@@ -148,7 +148,7 @@ class FakeCache:
         self.written: list[dict[str, Any]] = []
 
     def write_batch(self, **effects: Any) -> Refused:
-        self.written.append(effects)
+        self.written.append({name: dict(effect) for name, effect in effects.items()})
         return Refused()
 
     def read_users(self, keys: list[Any]) -> list[tuple[None, None]]:
