@@ -86,10 +86,6 @@ class PopularityTable:
         self.changed -= dropped
         self.removed |= dropped
 
-    def change_all(self) -> None:
-        """Have every item written: what was stored of them is lost."""
-        self.changed = set(self.weights)
-
     def copy_changes(self) -> PopularityTable:
         """A snapshot to write, and a clean slate here: the two may then go on side by side."""
         snapshot = PopularityTable(half_life_ms=self._half_life_ms, max_items=self._max_items)

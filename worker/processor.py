@@ -155,9 +155,7 @@ class Processor:
         self._outage = Outage(metrics.degraded.labels("redis").set)
         self._held = Held()
         self._progress = Progress()
-        #: Popularity tables that were read since Redis was last seen to have lost nothing.
-        self._unproven_tables: set[PartitionKey] = set()
-        #: Partitions of which such a table was in Redis.
+        #: Partitions of which a popularity table was in Redis.
         self._counted: set[Partition] = set()
         #: Histories that are to be written before anything else, since Redis has lost them.
         self._unrepaired: list[UserKey] = []
@@ -291,7 +289,6 @@ class Processor:
         )
         self._redis("read_popularity", lambda: self._cache.read_popularity(place, table))
         self._popularity[place] = table
-        self._unproven_tables.add(place)
         if table.offset >= 0:
             self._counted.add((place.topic, place.partition))
 
@@ -307,11 +304,8 @@ class Processor:
         self._metrics.redis_losses.inc(len(found))
         self._held.clear()
         self._trials.clear()
-        for place in self._unproven_tables:
-            self._popularity.pop(place, None)
-        self._unproven_tables.clear()
-        for table in self._popularity.values():
-            table.change_all()
+        # Counted again, on top of what Redis has.
+        self._popularity.clear()
         self._unrepaired = self._histories.doubt()
         return self._progress.go_back(found)
 
@@ -334,7 +328,6 @@ class Processor:
     def _clear(self) -> None:
         self._histories.clear()
         self._popularity.clear()
-        self._unproven_tables.clear()
         self._counted.clear()
         self._unrepaired.clear()
         self._popular.clear()
@@ -567,7 +560,6 @@ class Processor:
         self._outage.over()
         self._progress.wrote()
         self._histories.trust()
-        self._unproven_tables.clear()
         self._trials.written()
         self._drop(refused)
         self._histories.trim()

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
+#: As `LONGEST_WAIT_S`, where other work goes on meanwhile.
+LONGEST_LOOK_S = 1.0
 
 
 class _Attempts:
@@ -88,7 +90,8 @@ class Outage:
         if self._attempts is None:
             self._attempts = _Attempts(name, lambda: None)
             self._on_change(True)
-        self._again_at = time.monotonic() + self._attempts.failed(error)
+        wait_s = min(self._attempts.failed(error), LONGEST_LOOK_S)
+        self._again_at = time.monotonic() + wait_s
 
     def over(self) -> None:
         """An operation that must work, did."""

@@ -91,7 +91,7 @@ def _fill(scene: Scene) -> None:
         client.config_set("maxmemory", "1mb")
         scene.began()
         eventually(lambda: _degraded(scene), "the worker says so")
-        scene.require(scene.workers[0].get("/readyz")[0] == 503, "it says that it is ready")
+        eventually(lambda: scene.workers[0].get("/readyz")[0] == 503, "it is not ready", 5.0)
         time.sleep(AWAY_S)
         scene.require(scene.workers[0].get("/livez")[0] == 200, "it counts as stalled")
         client.config_set("maxmemory", "0")
