@@ -335,6 +335,11 @@ class Cache:
         offset, _, record_time_ms = stored.get(_OFFSET_FIELD, b"-1:-1").partition(b":")
         into.offset, into.record_time_ms = int(offset), int(record_time_ms)
 
+    def read_position(self, partition: Partition) -> int | None:
+        """How far a partition has been taken; None where that is not known."""
+        (found,) = self._run([("GET", position_key(partition))])
+        return None if found is None else int(found)
+
     def read_tallies(self, keys: Sequence[PartitionKey]) -> list[bytes | None]:
         """What the users of partitions did with what they were served; None where none is known."""
         return self._run([("GET", tally_key(key)) for key in keys])

@@ -155,8 +155,6 @@ class Processor:
         self._outage = Outage(metrics.degraded.labels("redis").set)
         self._held = Held()
         self._progress = Progress()
-        #: Partitions of which a popularity table was in Redis.
-        self._counted: set[Partition] = set()
         #: Histories that are to be written before anything else, since Redis has lost them.
         self._unrepaired: list[UserKey] = []
         #: Counts rebalances; `process` clears what it keeps of partitions after one.
@@ -288,9 +286,14 @@ class Processor:
             max_items=self._settings.popularity_max_items,
         )
         self._redis("read_popularity", lambda: self._cache.read_popularity(place, table))
+        partition = place.topic, place.partition
+        if table.offset >= 0 and not self._progress.written(partition):
+            position = self._redis("read_position", lambda: self._cache.read_position(partition))
+            if position is None:
+                # Written by a release that kept no positions.
+                log.info("position_adopted topic=%s partition=%d", *partition)
+                self._progress.adopt({partition: 0})
         self._popularity[place] = table
-        if table.offset >= 0:
-            self._counted.add((place.topic, place.partition))
 
     def _repair(self, found: Mapping[Partition, int]) -> dict[Partition, int]:
         """Redis has lost effects, as after a restart or a failover. What is in memory is written
@@ -328,7 +331,6 @@ class Processor:
     def _clear(self) -> None:
         self._histories.clear()
         self._popularity.clear()
-        self._counted.clear()
         self._unrepaired.clear()
         self._popular.clear()
         self._trials.clear()
@@ -576,18 +578,14 @@ class Processor:
         """
         lost = {}
         for partition, offset in found.items():
-            topic, number = partition
-            if not offset and partition in self._counted and not self._progress.written(partition):
-                # Written by a release that kept no positions.
-                log.info("position_adopted topic=%s partition=%d", topic, number)
-            elif self._settings.redis_repair:
+            if self._settings.redis_repair:
                 lost[partition] = offset
             else:
                 self._metrics.redis_losses.inc()
                 log.error(
                     "redis_lost_data topic=%s partition=%d stored_position=%d"
                     " expected_position=%d; STREAMREC_REDIS_REPAIR is off: nothing is done",
-                    topic, number, offset, self._progress.expected[partition],
+                    *partition, offset, self._progress.expected[partition],
                 )  # fmt: skip
         if lost:
             raise LostDataError(lost)
