@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,7 +70,10 @@ def run_demo(
         StreamrecError: a part did not come up, or the data set cannot be fetched.
     """
     directory = Path(tempfile.mkdtemp(prefix="streamrec-demo-"))
+    # As Ctrl-C: what was started ends in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with ExitStack() as parts:
+        parts.push(_removes(directory))
         click.echo("fetching MovieLens 100K (once) and starting broker, Redis and worker ...")
         data = load_ml100k()
         broker = (KafkaBroker if real_kafka else TansuBroker)(directory / "broker")
@@ -112,8 +115,17 @@ def run_demo(
         _show_user(settings, replay, data, user)
         if keep:
             _wait_until_stopped(broker.bootstrap, redis.url, worker)
-    shutil.rmtree(directory, ignore_errors=True)
     return 0
+
+
+def _removes(directory: Path) -> Callable[..., None]:
+    """An exit callback; after an error it leaves the directory: the error names logs in it."""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, Exception):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    return leave
 
 
 class Worker:
