@@ -188,6 +188,10 @@ def main() -> None:
     # Before any module takes `time` from `time`.
     if CLOCK_SHIFT in os.environ:
         _shift_clock(float(os.environ[CLOCK_SHIFT]))
+    if MUTATION in os.environ:
+        from tests.faults.mutations import MUTATIONS
+
+        MUTATIONS[os.environ[MUTATION]].apply()
     if INJECT in os.environ:
         name, at = trigger(os.environ[INJECT])
         if name == "half_written":
@@ -196,10 +200,6 @@ def main() -> None:
             _half_published(at)
         else:
             _at(POINTS[name], at)
-    if MUTATION in os.environ:
-        from tests.faults.mutations import MUTATIONS
-
-        MUTATIONS[os.environ[MUTATION]].apply()
     from worker.cli import main as command
 
     command()

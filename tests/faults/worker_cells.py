@@ -22,6 +22,8 @@ from tests.integration.support import PARTITIONS, WorkerProcess, eventually
 HOUR_S = 3600
 #: Seconds that a batch stands at the boundary before the kill: two intervals of commits.
 STANDS_S = 1.0
+#: So that the batch in hand of a zombie holds some dozens of users.
+MANY_AT_ONCE = {"batch_interval_ms": "200"}
 
 
 def _killed_inside(scene: Scene) -> None:
@@ -212,9 +214,13 @@ CELLS = (
         "zombie-writing",
         "SIGSTOP before a write to Redis until another worker has its partitions; SIGCONT",
         _zombie,
-        "keep_cache",
+        "write_regardless",
+        short=True,
         workers=2,
-        inject={INJECT: "scored:200:stop"},
+        inject={INJECT: "scored:40:stop"},
+        # So many that few have a later event, whose write would heal what the zombie wrote.
+        plan=Plan(users=1500),
+        settings=MANY_AT_ONCE,
     ),
     Cell(
         "zombie-publishing",
@@ -222,7 +228,8 @@ CELLS = (
         _zombie,
         "keep_cache",
         workers=2,
-        inject={INJECT: "publishing:100:stop"},
+        inject={INJECT: "publishing:15:stop"},
+        settings=MANY_AT_ONCE,
     ),
     Cell(
         "join-and-leave",
