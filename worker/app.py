@@ -259,6 +259,7 @@ class Background(mode.Service):
         health = self._app.health
         while not self.should_stop:
             health.models_ready = self._app.models.ready
+            self._app.metrics.degraded.labels("model").set(not health.models_ready)
             answered = health.redis_ready
             try:
                 await asyncio.to_thread(self._app.cache.ping)

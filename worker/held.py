@@ -24,7 +24,7 @@ class Held:
         #: Users whose histories are to be written; those in `emptied` were erased.
         self.touched: dict[UserKey, None] = {}
         self.emptied: set[UserKey] = set()
-        #: The latest list of each of `touched` that has one.
+        #: The latest list of each of `touched` that has one; empty where the stored one must go.
         self.lists: dict[UserKey, bytes] = {}
         self.cold_items: dict[Surface, dict[str, str]] = {}
         self.parked: list[EventBatch] = []
@@ -80,7 +80,10 @@ class Held:
         self.emptied |= emptied
         for key in touched:
             self.touched[key] = None
-            self.emptied.discard(key)
+            if key in self.emptied:
+                self.emptied.discard(key)
+                # Where no list follows, there shall be none.
+                self.lists[key] = b""
         self.lists |= lists
         for surface, texts in cold_items.items():
             self.cold_items.setdefault(surface, {}).update(texts)

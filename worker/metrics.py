@@ -190,6 +190,12 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.lists_shed = Counter(
+            "streamrec_lists_shed",
+            "Lists that views did not make, since the worker was behind (STREAMREC_SHED_LAG_S).",
+            ["surface"],
+            registry=registry,
+        )
         self.redis_losses = Counter(
             "streamrec_redis_losses",
             "Times that Redis was found to have lost effects of a partition.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from worker.bundle import Bundle, open_bundle
-from worker.errors import BundleError, Refusal, StreamrecError
+from worker.errors import BundleError, Refusal, StoreError, StreamrecError
 from worker.events import Surface
 from worker.memory import available_bytes, release_memory
 from worker.metrics import Metrics, resident_bytes
@@ -163,11 +163,17 @@ class Models:
     def load_all(self) -> None:
         """Load what should serve, at start.
 
+        Where the registry cannot be read, its surfaces start without a model, on popular items;
+        `refresh` goes on trying.
+
         Raises:
-            BundleError: a stable version is missing or broken; the worker must not start without.
+            BundleError: a stable version is missing or broken: a mistake, not an outage.
         """
         for surface, choice in self._choices.items():
-            self._install(self._loaded(surface, choice))
+            try:
+                self._install(self._loaded(surface, choice))
+            except StoreError as error:
+                self._complain(surface, "started_without_model", str(error))
 
     async def refresh(self) -> None:
         """Swap in what should serve now. A version that cannot be loaded leaves the old one."""

@@ -23,6 +23,7 @@ from worker.events import (
     Decoder,
     Event,
     EventBatch,
+    EventType,
     Reason,
     Records,
     Rejected,
@@ -43,6 +44,7 @@ from worker.ranking import Origin, Recommendations
 from worker.retry import Outage
 from worker.rules import Rules
 from worker.settings import Settings
+from worker.shedding import Shedding
 from worker.text import MAX_TEXT_CHARS
 from worker.trials import Trials
 
@@ -64,6 +66,8 @@ class Touched:
     history: History
     #: The newest event that was applied.
     event: Event
+    #: Whether there is more than views, or the list before is gone.
+    active: bool
 
 
 @dataclass(slots=True)
@@ -153,6 +157,7 @@ class Processor:
         self._cold_read_at = 0.0
         self._cold_since_s = dict.fromkeys(self._cold, 0.0)
         self._outage = Outage(metrics.degraded.labels("redis").set)
+        self._shedding = Shedding(settings.shed_lag_s, metrics.degraded.labels("overload").set)
         self._held = Held()
         self._progress = Progress()
         #: Histories that are to be written before anything else, since Redis has lost them.
@@ -201,6 +206,9 @@ class Processor:
             self._metrics.batch_events.observe(sum(map(len, batches)))
         made.rejected = [one for part in parts for one in part.rejected]
         self._progress.took(batches)
+        oldest_ms = min((one.timestamps_ms[0] for one in batches), default=now_ms)
+        # Without a record time (-1) nothing is known of its age.
+        self._shedding.see((now_ms - oldest_ms) / 1000.0 if oldest_ms > 0 else 0.0)
         try:
             self._take(parts, made)
         except LostDataError as error:
@@ -225,7 +233,7 @@ class Processor:
                 ready = self._ready(parts)
                 changes = self._apply(ready, made, first_time=first_time)
             lists: dict[UserKey, Recommendations] = {}
-            for surface, users in _by_surface(changes.touched).items():
+            for surface, users in _by_surface(self._wanting(changes.touched)).items():
                 lists |= self._recommend(surface, users)
             if generation != self._generation:
                 return
@@ -247,6 +255,15 @@ class Processor:
             # Another worker has been at these users. Once more, on top of what it wrote: events
             # that it has taken are repeats then.
             first_time = False
+
+    def _wanting(self, touched: dict[UserKey, Touched]) -> dict[UserKey, Touched]:
+        """Those for whom lists are made."""
+        if not self._shedding.on:
+            return touched
+        for key, one in touched.items():
+            if not one.active:
+                self._metrics.lists_shed.labels(key.surface.value).inc()
+        return {key: one for key, one in touched.items() if one.active}
 
     def _ready(self, parts: Sequence[EventBatch]) -> Sequence[EventBatch]:
         """What can be applied, that is, whose histories and popularity tables are in memory: all,
@@ -372,7 +389,13 @@ class Processor:
                     # A user's last event is written again where it is a repeat: its first effects
                     # may never have arrived. Those before it could only bring back an older list.
                     if outcome != "duplicate" or _is_last(event, history):
-                        touched[key] = Touched(history, event)
+                        before = touched.get(key)
+                        active = (
+                            event.event_type is not EventType.VIEW
+                            or key in emptied
+                            or (before is not None and before.active)
+                        )
+                        touched[key] = Touched(history, event, active)
                     if judging and outcome == "applied":
                         self._judge(serving[event.surface], event, history)
                     if event.text:

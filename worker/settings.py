@@ -286,6 +286,12 @@ class Settings(BaseSettings):
         description="Lists and dead letters wait this long to be published together; Redis has"
         " them before.",
     )
+    shed_lag_s: float | None = Field(
+        None,
+        gt=0.0,
+        description="Once the oldest event of a micro-batch is older than this, views make no list"
+        " until it is half as old; histories take all. None: every event makes a list.",
+    )
     max_in_flight_events: int = Field(
         8192, ge=1, description="Events read and not yet finished; beyond it, reading pauses."
     )

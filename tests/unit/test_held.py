@@ -98,6 +98,9 @@ def test_the_latest_state_of_each_user_is_held() -> None:
     assert held.cold_items == {POSTS: {"a": "text", "b": "text"}}
     held.hold(part, [bob], set(), {bob: b"3"}, {})
     assert (list(held.touched), held.emptied) == ([ann, bob], set())
+    held.hold(part, [], {ann}, {}, {})
+    held.hold(part, [ann], set(), {}, {})
+    assert held.lists == {ann: b"", bob: b"3"}
     held.written()
     assert not held
 

@@ -539,3 +539,18 @@ def test_releases_of_old_say_no_revision_and_are_followed(registry: Watched) -> 
     registry.promote("posts", V1)
     refresh(own)
     assert roles(own) == {"stable": V1}
+
+
+def test_where_the_registry_is_away_at_start_the_model_comes_when_it_is_back(
+    registry: Watched, metrics: Metrics
+) -> None:
+    registry.away = True
+    own = models(registry, metrics)
+    own.load_all()
+    assert not own.ready
+    assert own.serving(POSTS) is None
+    refresh(own)
+    assert not own.ready
+    registry.away = False
+    refresh(own)
+    assert own.ready

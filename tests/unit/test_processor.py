@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from tests.unit.serving import total
 from worker.cache import Position, Refused, UserKey
 from worker.events import Records, Surface
 from worker.history import History
@@ -199,3 +200,36 @@ def test_nothing_is_written_without_what_was_parked(processor: Processor, redis:
     effects = redis.writes[1]
     assert list(effects["histories"]) == [ANN, UserKey("bob", Surface.POSTS)]
     assert effects["positions"] == {PLACE: Position(1, 3)}
+
+
+def test_far_behind_views_make_no_list_until_half_of_that_is_caught_up(
+    redis: FakeRedis, metrics: Metrics
+) -> None:
+    own = Processor(
+        load_settings(require_user_key=False, cold_items_max=0, shed_lag_s=60.0),
+        cache=cast(Any, redis),
+        models=cast(Any, SimpleNamespace(serving=lambda surface: None)),
+        rules=Rules(),
+        metrics=metrics,
+    )
+    offset = 0
+
+    def take(value: bytes, age_s: float) -> int:
+        """How many lists an event makes that is so old."""
+        nonlocal offset
+        made = own.process(
+            [Records("events", 0, [offset], [b"ann"], [value], [int((time.time() - age_s) * 1e3)])]
+        )
+        offset += 1
+        assert made.durable
+        return len(made.lists)
+
+    assert take(view("p1"), 59.0) == 1
+    assert take(view("p2"), 61.0) == 0
+    assert take(view("p3").replace(b"view", b"like"), 61.0) == 1
+    assert take(view("p4"), 31.0) == 0
+    assert take(view("p5"), 29.0) == 1
+    assert take(view("p6"), 31.0) == 1
+    stored = History.from_bytes(redis.writes[-1]["histories"][ANN], 9)
+    assert stored.items == ("p1", "p2", "p3", "p4", "p5", "p6")
+    assert total(metrics, "streamrec_lists_shed_total") == 2
