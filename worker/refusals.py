@@ -10,7 +10,7 @@ import asyncio
 import ssl
 from contextlib import suppress
 
-from aiokafka.conn import AIOKafkaConnection, create_conn
+from aiokafka.conn import AIOKafkaConnection, collect_hosts, create_conn
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
@@ -57,9 +57,8 @@ async def kafka_refusal(settings: Settings, error: BaseException) -> str | None:
 async def _probe(settings: Settings) -> str | None:
     """Connect to the bootstrap servers, then to each broker that one of them names."""
     found = None
-    for address in settings.kafka.split(","):
-        host, _, port = address.strip().rpartition(":")
-        brokers, reason = await _connect(settings, host.strip("[]"), int(port))
+    for host, port, _ in collect_hosts(settings.kafka, randomize=False):
+        brokers, reason = await _connect(settings, host, port)
         found = found or reason
         for broker_host, broker_port in brokers:
             _, reason = await _connect(settings, broker_host, broker_port)

@@ -179,4 +179,6 @@ def _variable(name: str) -> str:
 
 
 def _host(address: str) -> str:
-    return address.strip().rpartition(":")[0].strip("[]")
+    """Host of `host`, `host:port` or `[address]:port`."""
+    host, colon, port = address.strip().rpartition(":")
+    return (host if colon and port.isdecimal() else address.strip()).strip("[]")

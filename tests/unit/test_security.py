@@ -89,6 +89,8 @@ def test_what_contradicts_itself_is_named(flags: dict[str, str], named: str) -> 
         ({"redis": f"redis://:{SECRET}@cache"}, "Redis at cache is sent"),
         ({"redis": f"redis://cache?password={SECRET}"}, "Redis at cache is sent"),
         ({"kafka_security": "sasl_plaintext"}, None),  # this machine
+        ({"kafka": "localhost", "kafka_security": "sasl_plaintext"}, None),
+        ({"kafka": "k", "kafka_security": "sasl_plaintext"}, "Kafka at k is logged in"),
         ({"kafka": "[::1]:9092", "kafka_security": "sasl_plaintext"}, None),
         ({"redis": "rediss://cache:6379", "redis_password": SECRET}, None),
         ({"redis": "redis://cache:6379"}, None),  # nothing to hide
