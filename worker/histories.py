@@ -31,7 +31,7 @@ MEMORY_PER_HISTORY = 1400
 #: The lists that the user was served; their items are the model's own strings, or read from Redis.
 MEMORY_PER_SHOWN = 64
 MEMORY_PER_SHOWN_ITEM = 40
-MEMORY_PER_ITEM = 28
+MEMORY_PER_ITEM = 62
 
 
 class Histories:

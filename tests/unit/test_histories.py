@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from array import array
 from collections.abc import Sequence
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.unit.serving import POSTS, event, total
 from worker.cache import UserKey
-from worker.histories import MEMORY_PER_HISTORY, Histories
+from worker.events import Event, EventType
+from worker.histories import MEMORY_PER_HISTORY, MEMORY_PER_ITEM, Histories
 from worker.history import Applied, History, Shown
 from worker.metrics import Metrics
 from worker.quality import UserRecord
@@ -185,3 +187,26 @@ def test_lists_of_a_trial_are_part_of_the_bound() -> None:
         return total(metrics, "streamrec_history_cache_bytes")
 
     assert size(2) - size(1) == size(1) - size(0) > 10 * 8
+
+
+def test_what_a_history_takes_is_reckoned_as_measured() -> None:
+    """By Python's own account of the objects that belong to one history alone."""
+    length = 200
+    stored = History(length)
+    for number in range(length):
+        stored.apply(
+            Event(
+                "ann", f"item-{number:04d}", EventType.VIEW, POSTS, 1_764_000_000_000 + number,
+                f"e{number}", None, "user-events", 0, number, 1_764_000_000_000 + number,
+            )
+        )  # fmt: skip
+    data = stored.to_bytes()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        own = [History.from_bytes(data, length) for _ in range(50)]
+        taken = (tracemalloc.get_traced_memory()[0] - before) / len(own)
+    finally:
+        tracemalloc.stop()
+    reckoned = MEMORY_PER_HISTORY + len(data) + MEMORY_PER_ITEM * length
+    assert taken < reckoned < 1.5 * taken
