@@ -431,7 +431,7 @@ def _wait_until_stopped(bootstrap: str, redis_url: str, worker: Worker) -> None:
         f"\nstill running until Ctrl-C:\n  Kafka    {bootstrap}\n  Redis    {redis_url}\n"
         f"  status   {worker.base}/\n"
         f"  metrics  {worker.base}/metrics, /livez, /readyz\n"
-        f"  try      streamrec recommend 13 --redis {redis_url}"
+        f"  try      {sys.argv[0]} recommend 13 --redis {redis_url}"
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
