@@ -20,6 +20,7 @@ from yarl import URL
 
 from worker.cache import REDIS_FAILURES, Cache
 from worker.decider import Decider
+from worker.errors import HistoryFormatError
 from worker.health import STALLED_EXIT_CODE, Health
 from worker.intake import BatchTransport, batch_consumer
 from worker.kafka_security import faust_credentials
@@ -213,8 +214,10 @@ class Background(mode.Service):
             # what is not committed is read again.
             failed = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
             log.critical(
-                "pipeline_failed error=%s; the process exits and starts from committed offsets",
+                "pipeline_failed error=%s%s; the process exits and starts from committed offsets",
                 place_of(failed),
+                # Says what to do, and nothing of any user.
+                f" ({failed})" if isinstance(failed, HistoryFormatError) else "",
             )
             os._exit(STALLED_EXIT_CODE)
 

@@ -175,8 +175,8 @@ class Processor:
 
     @property
     def waits_for_redis(self) -> bool:
-        """Whether Redis was away when it was asked last, or anything is held back for it."""
-        return self._outage.away or bool(self._held)
+        """Whether Redis was away when it was asked last; from any thread."""
+        return self._outage.away
 
     @property
     def retry_in_s(self) -> float:

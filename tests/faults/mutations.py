@@ -188,7 +188,20 @@ def _ignore_losses() -> None:
     replace("worker.processor:Processor._accept", accept)
 
 
+def _redis_failure_is_fatal() -> None:
+    def redis(_: Any) -> Any:
+        def run(processor: Any, name: str, operation: Any) -> Any:
+            return operation()
+
+        return run
+
+    replace("worker.processor:Processor._redis", redis)
+
+
 MUTATIONS = {
+    "redis_failure_is_fatal": Mutation(
+        "what Redis does not answer ends the worker", _redis_failure_is_fatal
+    ),
     "commit_at_start": Mutation("a batch counts as finished before its effects", _commit_at_start),
     "commit_position": Mutation("what was read is committed", _commit_position),
     "forget_offsets": Mutation("a history takes a record that it knows", _forget_offsets),

@@ -110,14 +110,23 @@ def _slow(scene: Scene) -> None:
     scene.wait_for_commits(500)
 
 
-#: What a stopped, full or slow Redis must not be taken for.
-DONE = "failed_write_is_done"
 FAILOVER = "failover to a replica that lags by some hundred events"
 
 CELLS: tuple[Cell, ...] = (
-    Cell("redis-stop", f"Redis stopped for {AWAY_S:.0f} s", _stop, DONE),
+    Cell("redis-stop", f"Redis stopped for {AWAY_S:.0f} s", _stop, "commit_at_start"),
     Cell("redis-lost", "Redis restarted with all data lost", _lose, "ignore_losses"),
     Cell("redis-failover", FAILOVER, _fail_over, "ignore_losses"),
-    Cell("redis-full", f"Redis refuses writes (out of memory) for {AWAY_S:.0f} s", _fill, DONE),
-    Cell("redis-slow", f"Redis answers 0.4 s late, for {AWAY_S:.0f} s", _slow, DONE),
+    Cell(
+        "redis-full",
+        f"Redis refuses writes (out of memory) for {AWAY_S:.0f} s",
+        _fill,
+        "redis_failure_is_fatal",
+    ),
+    Cell(
+        "redis-slow",
+        f"Redis answers 0.4 s late, twice the timeout, for {AWAY_S:.0f} s",
+        _slow,
+        "redis_failure_is_fatal",
+        settings={"redis_timeout_ms": "200"},
+    ),
 )
