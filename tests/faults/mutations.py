@@ -122,21 +122,6 @@ def _give_up_publishing() -> None:
     replace("worker.outbox:Outbox.send", send)
 
 
-def _failed_write_is_done() -> None:
-    def write(function: Any) -> Any:
-        from worker.cache import REDIS_FAILURES, Refused
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except REDIS_FAILURES:
-                return Refused()
-
-        return run
-
-    replace("worker.cache:Cache.write_batch", write)
-
-
 def _no_backpressure() -> None:
     async def wait_for_room(consumer: Any, fetcher: Any) -> None:
         """There is always room."""
@@ -214,7 +199,6 @@ MUTATIONS = {
     "give_up_publishing": Mutation(
         f"a publish is given up after {IMPATIENT_S:.0f} s", _give_up_publishing
     ),
-    "failed_write_is_done": Mutation("a failed write to Redis passes", _failed_write_is_done),
     "ignore_losses": Mutation("Redis is not held to what it had", _ignore_losses),
     "no_backpressure": Mutation("reading never pauses", _no_backpressure),
     "drop_when_behind": Mutation(
