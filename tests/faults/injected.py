@@ -7,7 +7,8 @@ then runs the ordinary command. What it does is said by the environment:
   the action: `stop` the process (SIGSTOP), or `sleep` for so many seconds at this and the next
   `times - 1` passages, or `kill` the process (SIGKILL) after so many seconds in which what lies
   beyond the point is not reached, and all else goes on: a commit too early would come then.
-- `FAULTS_CLOCK_SHIFT_S`: SIGUSR2 moves the wall clock (`time.time`) by so many seconds.
+- `FAULTS_CLOCK_SHIFT_S`: SIGRTMIN (Faust takes SIGUSR1 and SIGUSR2) moves the wall clock
+  (`time.time`) by so many seconds.
 - `FAULTS_MUTATION`: the name of a mutation, see `mutations.py`.
 """
 
@@ -180,7 +181,7 @@ def _shift_clock(shift_s: float) -> None:
         shifted = shift_s
 
     time.time = lambda: real() + shifted
-    signal.signal(signal.SIGUSR2, jump)
+    signal.signal(signal.SIGRTMIN, jump)
 
 
 def main() -> None:

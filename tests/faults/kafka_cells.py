@@ -10,6 +10,7 @@ from typing import TypeVar
 from aiokafka.admin import AIOKafkaAdminClient
 
 from tests.faults.harness import Cell, Scene
+from tests.faults.injected import INJECT
 from tests.faults.plan import Plan
 from worker.local.kafka import KafkaBroker
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 AWAY_S = 5.0
 #: Many dead letters: one that is not published shows, while a user's next list hides the last.
 PLAN = Plan(poison=0.2)
+#: Something is in hand at any time.
+SLOW = {INJECT: "publishing:1:sleep:0.2:1000000"}
 
 
 def _restart(scene: Scene) -> None:
@@ -89,6 +92,7 @@ CELLS = (
         "give_up_publishing",
         short=True,
         plan=PLAN,
+        inject=SLOW,
     ),
     Cell(
         "broker-crash",
@@ -96,6 +100,7 @@ CELLS = (
         _crash,
         "give_up_publishing",
         plan=PLAN,
+        inject=SLOW,
     ),
     Cell(
         "leader-lost",
@@ -103,6 +108,7 @@ CELLS = (
         lambda scene: _lose(scene, _leader(scene)),
         "give_up_publishing",
         plan=PLAN,
+        inject=SLOW,
         cluster=True,
     ),
     Cell(
@@ -111,6 +117,7 @@ CELLS = (
         lambda scene: _lose(scene, _coordinator(scene)),
         "give_up_publishing",
         plan=PLAN,
+        inject=SLOW,
         cluster=True,
     ),
 )

@@ -150,17 +150,19 @@ def _wall_clock() -> None:
         module.time = walled  # type: ignore[attr-defined]
 
 
-def _failed_refresh_is_fatal() -> None:
-    def refresh(function: Any) -> Any:
-        async def run(models: Any) -> None:
+def _failed_copy_is_fatal() -> None:
+    def add(function: Any) -> Any:
+        from worker.errors import StoreError
+
+        def run(*args: Any, **kwargs: Any) -> Any:
             try:
-                await function(models)
-            except Exception:
+                return function(*args, **kwargs)
+            except StoreError:
                 os._exit(70)
 
         return run
 
-    replace("worker.models:Models.refresh", refresh)
+    replace("worker.mirror:Mirror.add", add)
 
 
 def _ignore_losses() -> None:
@@ -205,7 +207,7 @@ MUTATIONS = {
         f"events older than {IMPATIENT_S:.0f} s are passed over", _drop_when_behind
     ),
     "wall_clock": Mutation("timers go by the wall clock", _wall_clock),
-    "failed_refresh_is_fatal": Mutation(
-        "a version that cannot be had ends the worker", _failed_refresh_is_fatal
+    "failed_copy_is_fatal": Mutation(
+        "a version that cannot be copied ends the worker", _failed_copy_is_fatal
     ),
 }

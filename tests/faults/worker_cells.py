@@ -110,19 +110,24 @@ def _join_and_leave(scene: Scene) -> None:
     scene.wait_for_commits(800)
 
 
-def _jump(scene: Scene) -> None:
+def _jump(scene: Scene, *, shift_s: int) -> None:
     """The wall clock jumps under a running worker."""
     (worker,) = scene.workers
-    worker.process.signal(signal.SIGUSR2)
+    worker.process.signal(signal.SIGRTMIN)
     scene.ended()
     scene.wait_for_commits(1200)
+    lists = [scene.world.cached(f"user-{number}") for number in range(50)]
+    newest_s = max(one["generated_at_ms"] for one in lists if one) / 1000
+    oldest_s = min(one["generated_at_ms"] for one in lists if one) / 1000
+    made_s = newest_s if shift_s > 0 else oldest_s
+    scene.require(abs(made_s - time.time() - shift_s) < 60, "the clock of the worker did not jump")
 
 
 def _clock(name: str, shift_s: int) -> Cell:
     return Cell(
         name,
         f"the worker's wall clock jumps by {shift_s / HOUR_S:+.0f} h; events spread over 2 h",
-        _jump,
+        partial(_jump, shift_s=shift_s),
         "wall_clock",
         inject={CLOCK_SHIFT: str(shift_s)},
         plan=Plan(spread_ms=HOUR_S * 1000, base_ms=int(time.time() * 1000)),
@@ -243,7 +248,7 @@ CELLS = (
         "registry-disk-full",
         "no room for a new version in the registry's mirror; then room",
         _full_mirror,
-        "failed_refresh_is_fatal",
+        "failed_copy_is_fatal",
         settings={"registry_poll_s": "0.5"},
         mirrored=True,
     ),
