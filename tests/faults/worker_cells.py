@@ -85,7 +85,7 @@ def _assigned(worker: WorkerProcess) -> float:
 
 
 def _zombie(scene: Scene) -> None:
-    """Stopped with a batch in hand; another takes over; then the stopped one wakes."""
+    """Stopped with a batch in hand; another takes over; the first wakes, and is left alone."""
     sleeper, heir = scene.workers
     eventually(lambda: _paused(sleeper), "one stopped itself")
     scene.began()
@@ -94,7 +94,10 @@ def _zombie(scene: Scene) -> None:
     sleeper.process.signal(signal.SIGCONT)
     scene.ended()
     eventually(lambda: 0 < _assigned(heir) < PARTITIONS, "it has joined again")
-    scene.wait_for_commits(800)
+    scene.wait_for_commits(400)
+    # Whatever the sleeper remembers of before is of use to nobody now.
+    scene.require(heir.process.stop() == 0, "the other did not stop in order")
+    scene.wait_for_commits(600)
 
 
 def _join_and_leave(scene: Scene) -> None:
