@@ -82,6 +82,8 @@ class Book:
 
     def _machine(self, cells: Sequence[Cell]) -> str:
         rows = [self.plain[cell.name] for cell in cells if cell.name in self.plain]
+        if not rows:
+            return "Not run yet."
         loads = [row["machine"]["load"] for row in rows]
         machines = Counter(
             f"{row['machine']['cpu']}, {row['machine']['cpus']} CPUs, {row['machine']['system']}"

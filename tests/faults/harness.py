@@ -175,10 +175,10 @@ class Scene:
         last = self.sampler.last
         return last is not None and last.lag < 2 * self.load.rate
 
-    def caught_up(self) -> bool:
-        """Whether all that was sent, as last seen, is committed."""
+    def caught_up(self, since: float) -> bool:
+        """Whether all that was sent by then (`time.monotonic()`) is committed."""
         last = self.sampler.last
-        return last is not None and last.lag == 0 and sum(last.ends.values()) > 0
+        return last is not None and last.at > since and last.lag == 0
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,10 @@ def _play(scene: Scene) -> None:
         scene.ended()
     time.sleep(cell.after_s)
     scene.load.finish()
-    eventually(scene.caught_up, "all that was sent is committed", cell.recover_within_s)
+    sent_at = time.monotonic()
+    eventually(
+        lambda: scene.caught_up(sent_at), "all that was sent is committed", cell.recover_within_s
+    )
 
 
 def _end(scene: Scene) -> None:

@@ -20,7 +20,7 @@ _TIMEOUT_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Where a group stood at a time (`time.monotonic()`), by partition."""
+    """Where a group stood after a time (`time.monotonic()`), by partition."""
 
     at: float
     committed: Mapping[int, int]
@@ -61,14 +61,13 @@ class Sampler(threading.Thread):
                 await consumer.start()
                 await admin.start()
             while not self._enough.is_set():
+                at = time.monotonic()
                 async with asyncio.timeout(_TIMEOUT_S):
                     found = await admin.list_consumer_group_offsets(self._group)
                     ends = await consumer.end_offsets(self._places)
                 committed = {tp.partition: one.offset for tp, one in found.items()}
                 self.samples.append(
-                    Sample(
-                        time.monotonic(), committed, {tp.partition: ends[tp] for tp in self._places}
-                    )
+                    Sample(at, committed, {tp.partition: ends[tp] for tp in self._places})
                 )
                 await asyncio.sleep(_INTERVAL_S)
         finally:
