@@ -24,7 +24,9 @@ AWAY_S = 6.0
 
 
 def _degraded(scene: Scene) -> bool:
-    return scene.workers[0].metric('streamrec_degraded{reason="redis"}') == 1
+    worker = scene.workers[0]
+    assert worker.process.running, "the worker has ended"
+    return worker.metric('streamrec_degraded{reason="redis"}') == 1
 
 
 def _published(scene: Scene) -> float:
@@ -107,7 +109,7 @@ def _slow(scene: Scene) -> None:
             client.execute_command("CLIENT", "PAUSE", "400", "ALL")
             time.sleep(0.45)
     scene.ended()
-    scene.wait_for_commits(500)
+    scene.wait_for_commits(500, timeout_s=20.0)
 
 
 FAILOVER = "failover to a replica that lags by some hundred events"
