@@ -170,7 +170,7 @@ def train(
     )
     model = export(params, shape)
     stamp = datetime.now(UTC)
-    path = registry / name / (version or f"{stamp:%Y%m%dT%H%MZ}-fp32")
+    path = registry / name / (version or f"{stamp:%Y%m%dT%H%M%SZ}-fp32")
     measured = _accuracy(params, shape, parts.test)
     write_bundle(
         path,

@@ -138,7 +138,7 @@ def draft_with_context(
 
 def stamp() -> str:
     """Now, as versions begin."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%MZ}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def slug(recipe: str) -> str:
