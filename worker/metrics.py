@@ -177,6 +177,8 @@ class Metrics:
             ["operation"],
             registry=registry,
         )
+        for operation in ("read_users", "write_batch"):
+            self.redis_errors.labels(operation)  # so that the first failure is an increase
         self.redis_seconds = Histogram(
             "streamrec_redis_seconds",
             "Time of the round trip to Redis of one batch, by operation; failed ones included.",
