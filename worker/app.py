@@ -278,7 +278,7 @@ class Background(mode.Service):
             up.labels("redis").set(health.redis_ready)
             up.labels("kafka").set(kafka_answers)
             # A restart brings neither back; the worker holds on to what it has read and retries.
-            health.waiting_for = (
+            health.wait_for(
                 "Redis" if not health.redis_ready else None if kafka_answers else "Kafka"
             )
             await self.sleep(WATCH_INTERVAL_S)

@@ -45,12 +45,20 @@ class Health:
     waiting_events: int = 0
     #: Why work waits on something outside, where a restart would not help (Redis is down).
     waiting_for: str | None = None
+    #: When it was last so: what waited needs time once that is back.
+    excused_at: float = float("-inf")
     #: Partitions that the group gave this worker: none where it has more workers than it can use,
     #: None while it has not said.
     assigned: int | None = None
     models_ready: bool = False
     redis_ready: bool = False
     kafka_answers: bool = False
+
+    def wait_for(self, reason: str | None) -> None:
+        """Say what work waits on; None for nothing outside."""
+        self.waiting_for = reason
+        if reason is not None:
+            self.excused_at = time.monotonic()
 
     def stalled(self, now: float) -> str | None:
         """Why the worker counts as dead; None while it does not."""
@@ -59,7 +67,7 @@ class Health:
         silent_s = now - self.beat_at
         if silent_s > self.stall_timeout_s:
             return f"the event loop has not run for {silent_s:.0f} s"
-        idle_s = now - self.progress_at
+        idle_s = now - max(self.progress_at, self.excused_at)
         if self.waiting_events and self.waiting_for is None and idle_s > self.stall_timeout_s:
             return f"{self.waiting_events} events wait and none was finished for {idle_s:.0f} s"
         return None

@@ -151,6 +151,16 @@ def test_events_waiting_without_progress_are_a_stall() -> None:
     assert "5 events wait" in (stuck.stalled(time.monotonic()) or "")
 
 
+def test_what_waited_for_an_outage_gets_time_once_that_is_over() -> None:
+    now = time.monotonic()
+    waiting = health(waiting_events=5, progress_at=now - 60, beat_at=now + 60)
+    waiting.wait_for("Kafka")
+    assert waiting.stalled(time.monotonic() + 60) is None
+    waiting.wait_for(None)
+    assert waiting.stalled(time.monotonic() + 9) is None
+    assert waiting.stalled(time.monotonic() + 11) is not None
+
+
 def test_a_stuck_event_loop_is_a_stall() -> None:
     assert "event loop" in (health(beat_at=0.0).stalled(60.0) or "")
 
