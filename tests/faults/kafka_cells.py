@@ -97,7 +97,7 @@ CELLS = (
         "broker-crash",
         f"the only broker gets SIGKILL, and starts after {AWAY_S:.0f} s",
         _crash,
-        "give_up_publishing",
+        "drop_when_behind",
         short=True,
         plan=PLAN,
         inject=SLOW,
