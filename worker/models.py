@@ -208,14 +208,19 @@ class Models:
 
     def refused(self) -> dict[str, str]:
         """Why versions could not be loaded under the releases that serve, by `name@version`."""
-        current = {
-            (serving.stable.manifest.name, serving.revision)
-            for serving in dict(self._serving).values()
-        }
         return {
-            f"{model}@{version}": reason
+            f"{serving.stable.manifest.name}@{version}": reason
+            for serving in dict(self._serving).values()
+            for version, reason in self._refused_under(serving).items()
+        }
+
+    def _refused_under(self, serving: Serving) -> dict[str, str]:
+        """Why versions of a model could not be loaded under the release that serves."""
+        name = serving.stable.manifest.name
+        return {
+            version: reason
             for (model, version, revision), (reason, _) in dict(self._refused).items()
-            if (model, revision) in current
+            if model == name and revision == serving.revision
         }
 
     def _described(self, serving: Serving) -> dict[str, object]:
@@ -230,11 +235,7 @@ class Models:
             }
         if serving.role is not None:
             described["share"] = serving.share
-        described["refused"] = {
-            version: reason
-            for (model, version, revision), (reason, _) in dict(self._refused).items()
-            if model == name and revision == serving.revision
-        }
+        described["refused"] = self._refused_under(serving)
         return described
 
     def _complain(self, surface: Surface, event: str, problem: str | None) -> None:

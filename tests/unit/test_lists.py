@@ -20,7 +20,6 @@ from tests.unit.serving import (
     canary,
     event,
     opened,
-    registry,
     samples,
     shadow,
     total,
@@ -37,21 +36,6 @@ from worker.rules import Rules
 
 USERS = [f"u{number}" for number in range(40)]
 STABLE, RIVAL = f"posts@{V1}", f"posts@{V2}"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return registry(tmp_path_factory.mktemp("registry")).root
-
-
-@pytest.fixture(scope="module")
-def stable(root: Path) -> Bundle:
-    return opened(root, V1)
-
-
-@pytest.fixture(scope="module")
-def rival(root: Path) -> Bundle:
-    return opened(root, V2)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.unit.serving import (
     canary,
     event,
     opened,
-    registry,
     shadow,
     total,
 )
@@ -41,21 +40,6 @@ PLACE = PartitionKey(POSTS, "events", 0)
 PERIOD = 7
 SIDES: tuple[Arm, ...] = ("canary", "stable", "others", "shadow")
 USERS = [f"u{number}" for number in range(24)]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return registry(tmp_path_factory.mktemp("registry")).root
-
-
-@pytest.fixture(scope="module")
-def stable(root: Path) -> Bundle:
-    return opened(root, V1)
-
-
-@pytest.fixture(scope="module")
-def rival(root: Path) -> Bundle:
-    return opened(root, V2)
 
 
 class MemoryRedis:
