@@ -1,5 +1,5 @@
 """The shell around Redis: recommendations, histories, popularity, tallies of trials and the texts
-of cold items, one round trip a batch.
+of cold items, one connection a batch.
 
 Keys (docs/design.md): `rec:{<user>}:<surface>`, `hist:{<user>}:<surface>`,
 `pop:{<surface>}:<topic>:<partition>`, `trial:{<surface>}:<topic>:<partition>`, `cold:{<surface>}`,
@@ -19,7 +19,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from typing import Any, cast
 from urllib.parse import quote
@@ -238,57 +238,34 @@ class Cache:
         Returns:
             What was not written, since Redis holds something newer.
         """
-        emptied, tallied = forgotten or {}, tallies or {}
+        with closing(self.begin(positions or {})) as write:
+            write.users(histories, recommendations)
+            return write.finish(
+                popularity=popularity, forgotten=forgotten, cold_items=cold_items, tallies=tallies
+            )
+
+    def begin(self, positions: Mapping[Partition, Position]) -> BatchWrite:
+        """Begin to write a batch, of which not all effects are known yet; it must be closed."""
+        return BatchWrite(self, positions)
+
+    def _user_commands(
+        self, histories: Mapping[UserKey, bytes], recommendations: Mapping[UserKey, bytes]
+    ) -> Iterator[Command]:
         ttl_s, ttl_ms = self._history_ttl_s, self._recommendations_ttl_s * 1000
-        versioned: list[Command] = []
         for key, data in histories.items():
             made = recommendations.get(key)
             listed: Command = (
                 () if made is None else (made, max(1, int(ttl_ms * random.uniform(0.9, 1.1))))
             )
-            versioned.append(_write_user(key, data, ttl_s, listed))
-        for key, data in emptied.items():
-            versioned.append(_write_user(key, data, self._forget_ttl_s, (b"", 0)))
-        for place, table in popularity.items():
-            versioned.append(self._popularity_command(popularity_key(place), table))
-        for place, data in tallied.items():
-            versioned.append(("EVALSHA", _WRITE_DIGEST, 1, tally_key(place), data, ttl_s))
-        commands = versioned + self._cold_commands(cold_items or {})
-        reached = positions or {}
-        for partition, position in reached.items():
-            name = position_key(partition)
-            if position.next > position.expected:
-                commands.append(("EVALSHA", _ADVANCE_DIGEST, 1, name, position.next))
-        try:
-            lost, replies = self._write_checked(commands, reached)
-        except NoScriptError:
-            # A Redis that was started anew. What was written meanwhile is written once more.
-            self._run(_LOAD_SCRIPTS)
-            lost, replies = self._write_checked(commands, reached)
-        if lost:
-            return Refused(lost=lost)
-        written = iter(replies)
-        return Refused(
-            users=[key for key in chain(histories, emptied) if not next(written)],
-            popularity=[place for place in popularity if not next(written)],
-            tallies=[place for place in tallied if not next(written)],
-        )
+            yield _write_user(key, data, ttl_s, listed)
 
-    def _write_checked(
-        self, commands: Sequence[Command], positions: Mapping[Partition, Position]
-    ) -> tuple[dict[Partition, int], list[Any]]:
-        """Replies to `commands`; none, and the stored positions, where those are too low."""
-        if not positions:
-            return {}, self._run(commands)
-        # Over one connection: it does not outlive a Redis that comes back with less.
-        with self._connection() as connection:
-            stored = _exchange(connection, [("GET", position_key(one)) for one in positions])
-            lost = {
-                partition: int(found or 0)
-                for (partition, position), found in zip(positions.items(), stored, strict=True)
-                if int(found or 0) < position.expected
-            }
-            return lost, [] if lost else _exchange(connection, commands)
+    def _forgotten_commands(self, forgotten: Mapping[UserKey, bytes]) -> Iterator[Command]:
+        for key, data in forgotten.items():
+            yield _write_user(key, data, self._forget_ttl_s, (b"", 0))
+
+    def _tally_commands(self, tallies: Mapping[PartitionKey, bytes]) -> Iterator[Command]:
+        for place, data in tallies.items():
+            yield "EVALSHA", _WRITE_DIGEST, 1, tally_key(place), data, self._history_ttl_s
 
     def _cold_commands(self, cold_items: Mapping[Surface, Mapping[str, str]]) -> list[Command]:
         commands: list[Command] = []
@@ -384,6 +361,128 @@ class Cache:
             raise
         finally:
             pool.release(connection)
+
+
+class BatchWrite:
+    """The effects of one batch on their way to Redis, over one connection.
+
+    What is known is sent at once, so that Redis works on it while the rest is made; replies are
+    read at the end. The stored positions are asked for first, and where one is below what is
+    expected nothing is sent. One connection, since it does not outlive a Redis that comes back
+    with less.
+    """
+
+    def __init__(self, cache: Cache, positions: Mapping[Partition, Position]) -> None:
+        self._cache = cache
+        self._positions = positions
+        self._users: list[UserKey] = []
+        self._commands: list[Command] = []
+        self._lost: dict[Partition, int] | None = None
+        self._connection: Any = None
+        self._fresh = True
+        self._connect()
+
+    def users(
+        self, histories: Mapping[UserKey, bytes], recommendations: Mapping[UserKey, bytes]
+    ) -> None:
+        """Send what is kept of some users; as in `Cache.write_batch`. Each user once."""
+        self._users += histories
+        self._send(list(self._cache._user_commands(histories, recommendations)))
+
+    def finish(
+        self,
+        *,
+        popularity: Mapping[PartitionKey, PopularityTable],
+        forgotten: Mapping[UserKey, bytes] | None = None,
+        cold_items: Mapping[Surface, Mapping[str, str]] | None = None,
+        tallies: Mapping[PartitionKey, bytes] | None = None,
+    ) -> Refused:
+        """Send the rest, the positions last, and wait until all is written.
+
+        Returns:
+            What was not written, since Redis holds something newer.
+        """
+        cache, emptied, tallied = self._cache, forgotten or {}, tallies or {}
+        rest = [
+            *cache._forgotten_commands(emptied),
+            *(cache._popularity_command(popularity_key(at), it) for at, it in popularity.items()),
+            *cache._tally_commands(tallied),
+            *cache._cold_commands(cold_items or {}),
+        ]
+        for partition, position in self._positions.items():
+            if position.next > position.expected:
+                name = position_key(partition)
+                rest.append(("EVALSHA", _ADVANCE_DIGEST, 1, name, position.next))
+        self._send(rest)
+        try:
+            replies = self._replies()
+        except NoScriptError:
+            # A Redis that was started anew. What was written meanwhile is written once more.
+            self.close()
+            cache._run(_LOAD_SCRIPTS)
+            self._connect()
+            commands, self._commands = self._commands, []
+            self._send(commands)
+            replies = self._replies()
+        if self._lost:
+            return Refused(lost=self._lost)
+        written = iter(replies)
+        return Refused(
+            users=[key for key in chain(self._users, emptied) if not next(written)],
+            popularity=[place for place in popularity if not next(written)],
+            tallies=[place for place in tallied if not next(written)],
+        )
+
+    def close(self) -> None:
+        """Let go of the connection; what is under way is not waited for."""
+        if self._connection is not None:
+            # Replies may be under way still: they must not be taken for those of the next batch.
+            self._connection.disconnect()
+            self._release()
+
+    def _connect(self) -> None:
+        self._connection = self._cache._redis.connection_pool.get_connection()
+        self._fresh, self._lost = True, None
+        if self._positions:
+            self._pack_and_send([("GET", position_key(one)) for one in self._positions])
+
+    def _check(self) -> None:
+        """Compare the stored positions with those that are expected, once."""
+        if self._lost is None:
+            stored = [int(self._connection.read_response() or 0) for _ in self._positions]
+            self._lost = {
+                partition: found
+                for (partition, position), found in zip(
+                    self._positions.items(), stored, strict=True
+                )
+                if found < position.expected
+            }
+
+    def _send(self, commands: list[Command]) -> None:
+        self._check()
+        if commands and not self._lost:
+            self._commands += commands
+            self._pack_and_send(commands)
+
+    def _pack_and_send(self, commands: Sequence[Command]) -> None:
+        # Before its first use a connection may be looked at; after that there may be replies that
+        # nobody has read yet, which a look would take for its own.
+        self._connection.send_packed_command(
+            [b"".join(map(_PACK, commands))], check_health=self._fresh
+        )
+        self._fresh = False
+
+    def _replies(self) -> list[Any]:
+        if self._lost:
+            self.close()
+            return []
+        replies = [self._connection.read_response() for _ in self._commands]
+        self._release()
+        return replies
+
+    def _release(self) -> None:
+        self._cache._redis.connection_pool.release(self._connection)
+        self._connection = None
 
 
 def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:

@@ -49,6 +49,14 @@ class Compared:
     seconds: float
     stable_s: float
 
+    def with_(self, other: Compared) -> Compared:
+        """This, and other users of the same micro-batch."""
+        return Compared(
+            self.failed or other.failed,
+            self.seconds + other.seconds,
+            self.stable_s + other.stable_s,
+        )
+
 
 @dataclass(slots=True)
 class _Trial:

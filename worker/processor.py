@@ -12,13 +12,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from worker.arms import judged_as
 from worker.cache import REDIS_FAILURES, Cache, Partition, PartitionKey, Refused, UserKey, encode
 from worker.cold_items import ColdItems
+from worker.early_write import EarlyWrite, RedisAwayError
 from worker.events import (
     Decoder,
     Event,
@@ -34,7 +35,7 @@ from worker.forget import erased, keys_of
 from worker.held import Held
 from worker.histories import Histories
 from worker.history import History
-from worker.lists import ListMaker
+from worker.lists import Compared, ListMaker
 from worker.logs import hashed_user, place_of
 from worker.metrics import Metrics
 from worker.models import Models, Serving
@@ -43,6 +44,7 @@ from worker.progress import Progress
 from worker.ranking import Origin, Recommendations
 from worker.retry import Outage
 from worker.rules import Rules
+from worker.session import MAX_RUN_ROWS
 from worker.settings import Settings
 from worker.shedding import Shedding
 from worker.text import MAX_TEXT_CHARS
@@ -53,6 +55,9 @@ log = logging.getLogger(__name__)
 
 #: Candidates of the fallback are found anew after this many seconds at most.
 POPULAR_REFRESH_S = 1.0
+#: Users whose lists are made together: a run of the model, or half of a small micro-batch, but not
+#: so few that the model would take longer for each.
+MOST_AT_ONCE, FEWEST_AT_ONCE = MAX_RUN_ROWS, 16
 #: Histories in one write of a repair.
 REPAIR_BATCH = 512
 #: Cold items of other workers are asked for again this far back: their clocks may be behind.
@@ -97,10 +102,6 @@ class Made:
     durable: bool = True
     #: Offsets from which partitions must be read again, since Redis has lost what came of them.
     rewind: dict[Partition, int] = field(default_factory=dict)
-
-
-class RedisAwayError(Exception):
-    """Redis does not answer, or does not take what is written."""
 
 
 class LostDataError(Exception):
@@ -233,17 +234,34 @@ class Processor:
                 ready = self._ready(parts)
                 changes = self._apply(ready, made, first_time=first_time)
             lists: dict[UserKey, Recommendations] = {}
-            for surface, users in _by_surface(self._wanting(changes.touched)).items():
-                lists |= self._recommend(surface, users)
-            if generation != self._generation:
-                return
-            encoded = {key: encode(one) for key, one in lists.items()}
-            held.hold(ready, changes.touched, changes.emptied, encoded, made.cold_items)
+            encoded: dict[UserKey, bytes] = {}
             refused: set[UserKey] = set()
-            # With all that was parked, or not at all: what is written says how far all was taken.
-            if not held.parked:
-                with self._stage("cache"), suppress(RedisAwayError):
-                    refused, parts = self._write()
+            with closing(self._head_start()) as early:
+                for surface, users in _by_surface(self._wanting(changes.touched)).items():
+                    compared: dict[int, Compared] = {}
+                    for some in _portions(users):
+                        own = self._recommend(surface, some, compared)
+                        if generation != self._generation:
+                            return
+                        lists |= own
+                        encoded |= {key: encode(one) for key, one in own.items()}
+                        early.users(self._histories.stored(own), encoded)
+                    place = _place(next(iter(users.values())).event)
+                    for period, both in compared.items():
+                        with suppress(RedisAwayError):
+                            self._trials.compared(place, period, both)
+                if generation != self._generation:
+                    return
+                held.hold(ready, changes.touched, changes.emptied, encoded, made.cold_items)
+                # With all that was parked, or not at all: what is written says how far all was
+                # taken.
+                if not held.parked:
+                    sent_s, began = early.seconds, time.perf_counter()
+                    with suppress(RedisAwayError):
+                        refused, parts = self._write(early)
+                    self._metrics.stage_seconds.labels("cache").observe(
+                        sent_s + time.perf_counter() - began
+                    )
             made.lists += [(one, encoded[key]) for key, one in lists.items() if key not in refused]
             made.forgotten += [
                 one
@@ -488,21 +506,27 @@ class Processor:
     # -- lists
 
     def _recommend(
-        self, surface: Surface, users: dict[UserKey, Touched]
+        self,
+        surface: Surface,
+        users: dict[UserKey, Touched],
+        compared: dict[int, Compared],
     ) -> dict[UserKey, Recommendations]:
-        """Lists for `users`, all of one surface."""
+        """Lists for `users`, all of one surface.
+
+        Args:
+            compared: how the versions of a trial did, by its period; these users are added.
+        """
         # Taken once: a swap in the middle must not mix two versions' item indexes.
         serving = self._models.serving(surface)
-        listings, compared = self._lists[surface].make(
+        listings, both = self._lists[surface].make(
             serving,
             [key.user_id for key in users],
             [one.history for one in users.values()],
             lambda: self._most_popular(surface),
         )
-        if serving is not None and compared is not None:
-            place = _place(next(iter(users.values())).event)
-            with suppress(RedisAwayError):
-                self._trials.compared(place, serving.period, compared)
+        if serving is not None and both is not None:
+            before = compared.get(serving.period)
+            compared[serving.period] = both if before is None else before.with_(both)
         now_ms = int(time.time() * 1000)
         return {
             key: Recommendations(
@@ -534,9 +558,19 @@ class Processor:
 
     # -- Redis
 
-    def _write(self) -> tuple[set[UserKey], list[EventBatch]]:
+    def _head_start(self) -> EarlyWrite:
+        """Begin to write what is about to be made; what is held back goes first, if anything is."""
+        if self._held or self._unrepaired or self._outage.away:
+            return EarlyWrite(None, self._attempt)
+        positions = self._progress.positions()
+        return EarlyWrite(lambda: self._cache.begin(positions), self._attempt)
+
+    def _write(self, early: EarlyWrite) -> tuple[set[UserKey], list[EventBatch]]:
         """Write what is held: histories, lists, popularity and cold items, and remove what was
         erased.
+
+        Args:
+            early: has written some of it already.
 
         Returns:
             Users of whom Redis has something newer, and who were not written; and their events.
@@ -547,7 +581,6 @@ class Processor:
         """
         self._write_unrepaired()
         held = self._held
-        histories = self._histories.stored(held.touched)
         forgotten = self._histories.stored(held.emptied)
         popularity = {
             place: table.copy_changes()
@@ -559,25 +592,17 @@ class Processor:
         }
         tallies = self._trials.changes(reached)
 
-        def write() -> Refused:
-            return self._redis(
-                "write_batch",
-                lambda: self._cache.write_batch(
-                    histories=histories,
-                    forgotten=forgotten,
-                    recommendations=held.lists,
-                    popularity=popularity,
-                    cold_items=held.cold_items,
-                    tallies=tallies,
-                    positions=self._progress.positions(),
-                ),
-            )
-
+        rest: Any = {
+            "forgotten": forgotten,
+            "popularity": popularity,
+            "cold_items": held.cold_items,
+            "tallies": tallies,
+        }
         try:
-            refused = write()
+            refused = self._finish(early, rest)
             while refused.lost:
                 self._accept(refused.lost)
-                refused = write()
+                refused = self._finish(early, rest)
         except BaseException:
             for place, changes in popularity.items():
                 self._popularity[place].put_back(changes)
@@ -592,6 +617,26 @@ class Processor:
         again = [_only(part, users) for part in held.taken] if users else []
         held.written()
         return users, again
+
+    def _finish(self, early: EarlyWrite, rest: Mapping[str, Any]) -> Refused:
+        """Write what is left, or all of it where the head start was given up."""
+        held = self._held
+        if early.alive:
+            left = self._histories.stored([key for key in held.touched if key not in early.sent])
+            try:
+                return early.finish(left, held.lists, rest)
+            finally:
+                self._metrics.redis_seconds.labels("write_batch").observe(early.seconds)
+        histories = self._histories.stored(held.touched)
+        return self._redis(
+            "write_batch",
+            lambda: self._cache.write_batch(
+                histories=histories,
+                recommendations=held.lists,
+                positions=self._progress.positions(),
+                **rest,
+            ),
+        )
 
     def _accept(self, found: Mapping[Partition, int]) -> None:
         """Go on from the positions that Redis has, where that is right.
@@ -634,7 +679,18 @@ class Processor:
         return self._redis("read_users", lambda: self._cache.read_users(keys))
 
     def _redis(self, name: str, operation: Callable[[], T]) -> T:
-        """Run an operation of Redis, once.
+        """Run an operation of Redis, once, and note how long it takes.
+
+        Raises:
+            RedisAwayError: as `_attempt`.
+        """
+        if self._outage.due_in_s():
+            raise RedisAwayError(name)
+        with self._metrics.redis_seconds.labels(name).time():
+            return self._attempt(name, operation)
+
+    def _attempt(self, name: str, operation: Callable[[], T]) -> T:
+        """Run an operation of Redis, or a part of one.
 
         Raises:
             RedisAwayError: it failed, or another has and it is too early to ask again.
@@ -642,8 +698,7 @@ class Processor:
         if self._outage.due_in_s():
             raise RedisAwayError(name)
         try:
-            with self._metrics.redis_seconds.labels(name).time():
-                return operation()
+            return operation()
         except REDIS_FAILURES as error:
             self._metrics.redis_errors.labels(name).inc()
             self._outage.failed(name, error)
@@ -670,6 +725,16 @@ def _by_surface(touched: dict[UserKey, Touched]) -> dict[Surface, dict[UserKey, 
     for key, one in touched.items():
         grouped.setdefault(key.surface, {})[key] = one
     return grouped
+
+
+def _portions(users: dict[UserKey, Touched]) -> Iterator[dict[UserKey, Touched]]:
+    """Users in portions whose lists are made together and then sent to Redis: at least two where
+    there are enough users, so that Redis has something to do meanwhile. Those with histories of
+    about one length go together, so that a model computes little padding."""
+    ordered = sorted(users.items(), key=lambda one: len(one[1].history.items))
+    size = min(MOST_AT_ONCE, max(FEWEST_AT_ONCE, (len(ordered) + 1) // 2))
+    for start in range(0, len(ordered), size):
+        yield dict(ordered[start : start + size])
 
 
 def _only(batch: EventBatch, users: set[UserKey]) -> EventBatch:

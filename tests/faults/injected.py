@@ -47,6 +47,7 @@ POINTS: dict[str, Point] = {
     "decoded": Point("worker.events:Decoder.decode"),
     "read": Point("worker.histories:Histories.load", counts=bool),
     "scored": Point("worker.lists:ListMaker.make"),
+    "sent": Point("worker.early_write:EarlyWrite.users"),
     "written": Point("worker.processor:Processor._write"),
     "publishing": Point(
         "worker.outbox:Outbox.send", after=False, counts=lambda args: bool(args[1])
@@ -154,7 +155,7 @@ def _half_written(trigger: Trigger) -> None:
 
         return send
 
-    replace("worker.processor:Processor._write", mark)
+    replace("worker.cache:BatchWrite.users", mark)
     replace("redis.connection:AbstractConnection.send_packed_command", cut)
 
 

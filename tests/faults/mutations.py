@@ -182,7 +182,7 @@ def _redis_failure_is_fatal() -> None:
 
         return run
 
-    replace("worker.processor:Processor._redis", redis)
+    replace("worker.processor:Processor._attempt", redis)
 
 
 MUTATIONS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,8 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis import Redis
 
+from tests.integration.support import eventually
 from tests.unit.serving import total
-from worker.cache import Cache, PartitionKey, Refused, UserKey, history_key, recommendation_key
+from worker.cache import (
+    REDIS_FAILURES,
+    Cache,
+    PartitionKey,
+    Position,
+    Refused,
+    UserKey,
+    history_key,
+    recommendation_key,
+)
+from worker.early_write import EarlyWrite, RedisAwayError
 from worker.events import Records, Surface
 from worker.history import History
 from worker.local.redis_server import RedisServer
@@ -326,3 +339,132 @@ def test_a_user_whose_events_moved_to_a_new_partition_keeps_those_of_both(
     assert stored_items(server) == {
         user: [f"item-{n}" for n in range(24) if LOG[n][0] == user] for user in USERS
     }
+
+
+BOB, EVE = UserKey("bob", POSTS), UserKey("eve", POSTS)
+EVENTS = ("events", 0)
+
+
+def test_what_is_known_early_is_in_redis_before_the_rest_is(
+    cache: Cache, server: RedisServer
+) -> None:
+    positions = {EVENTS: Position(0, 10)}
+    with closing(cache.begin(positions)) as batch, Redis.from_url(server.url) as client:
+        batch.users({ANN: history(("events", 0, 7, 5))}, {ANN: b"list"})
+        eventually(lambda: client.get(recommendation_key(ANN)) == b"list", "the list")
+        # How far all was taken is told last.
+        assert cache.read_position(EVENTS) is None
+        batch.users({BOB: history(("events", 0, 9, 5))}, {})
+        assert batch.finish(popularity={}) == Refused()
+    assert cache.read_position(EVENTS) == 10
+    assert cache.read_users([BOB])[0][0] == history(("events", 0, 9, 5))
+
+
+def test_users_who_were_sent_at_different_times_are_refused_by_name(cache: Cache) -> None:
+    assert write(cache, history(("events", 0, 8, 5)))
+    with closing(cache.begin({})) as batch:
+        batch.users({BOB: history(("events", 0, 6, 5))}, {})
+        batch.users({ANN: history(("events", 0, 7, 5)), EVE: history(("events", 0, 7, 5))}, {})
+        refused = batch.finish(popularity={}, forgotten={UserKey("zoe", POSTS): history()})
+    assert refused == Refused(users=[ANN])
+
+
+def test_nothing_is_sent_early_to_a_redis_that_lost_data(cache: Cache) -> None:
+    with closing(cache.begin({EVENTS: Position(5, 10)})) as batch:
+        batch.users({ANN: history(("events", 0, 7, 5))}, {ANN: b"list"})
+        assert batch.finish(popularity={}) == Refused(lost={EVENTS: 0})
+    assert cache.read_users([ANN]) == [(None, None)]
+    assert cache.read_position(EVENTS) is None
+
+
+def test_scripts_that_are_gone_in_the_middle_are_brought_again(
+    cache: Cache, server: RedisServer
+) -> None:
+    positions = {EVENTS: Position(0, 10)}
+    with closing(cache.begin(positions)) as batch, Redis.from_url(server.url) as client:
+        assert write(cache, history(("events", 0, 1, 1)))  # brings the scripts
+        batch.users({ANN: history(("events", 0, 7, 5))}, {})
+        client.script_flush()
+        batch.users({BOB: history(("events", 0, 8, 5))}, {})
+        assert batch.finish(popularity={}) == Refused()
+    assert all(stored for stored, _ in cache.read_users([ANN, BOB]))
+    assert cache.read_position(EVENTS) == 10
+
+
+def test_replies_of_a_batch_that_is_given_up_are_not_taken_for_those_of_the_next(
+    cache: Cache,
+) -> None:
+    with closing(cache.begin({EVENTS: Position(0, 10)})) as batch:
+        batch.users({ANN: history(("events", 0, 7, 5))}, {})
+    assert cache.read_users([BOB, EVE]) == [(None, None), (None, None)]
+
+
+def test_a_head_start_that_breaks_is_given_up_and_said_once(
+    cache: Cache, server: RedisServer
+) -> None:
+    attempts: list[str] = []
+
+    def attempt(name: str, operation: Callable[[], Any]) -> Any:
+        attempts.append(name)
+        try:
+            return operation()
+        except REDIS_FAILURES as error:
+            raise RedisAwayError(name) from error
+
+    early = EarlyWrite(lambda: cache.begin({EVENTS: Position(0, 10)}), attempt)
+    early.users({ANN: history(("events", 0, 7, 5))}, {})
+    assert early.alive
+    assert list(early.sent) == [ANN]
+    with Redis.from_url(server.url) as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+    sent = 0
+    while early.alive:  # the system takes what is sent to a closed connection, for a while
+        assert sent < 100
+        early.users({UserKey(f"user-{sent}", POSTS): history(("events", 0, 8, 5))}, {})
+        sent += 1
+        time.sleep(0.01)
+    tried = len(attempts)
+    early.users({EVE: history(("events", 0, 9, 5))}, {})
+    assert EVE not in early.sent
+    assert len(attempts) == tried
+
+
+def test_lists_of_a_micro_batch_are_in_redis_while_others_are_made(
+    server: RedisServer, cache: Cache
+) -> None:
+    processor = Processor(
+        load_settings(require_user_key=False, cold_items_max=0),
+        cache=cache,
+        models=cast(Any, SimpleNamespace(serving=lambda surface: None)),
+        rules=Rules(),
+        metrics=Metrics(),
+    )
+    maker = processor._lists[POSTS]
+    make, portions = maker.make, list[Sequence[str]]()
+
+    def watched(serving: Any, users: Sequence[str], *rest: Any) -> Any:
+        with Redis.from_url(server.url) as client:
+            for user in (user for before in portions for user in before):
+                key = recommendation_key(UserKey(user, POSTS))
+                eventually(lambda key=key: client.exists(key) == 1, "a list")  # type: ignore[misc]
+        portions.append(users)
+        return make(serving, users, *rest)
+
+    maker.make = watched  # type: ignore[method-assign]
+    users = [f"user-{n}" for n in range(40)]
+    values = [
+        msgspec.json.encode(
+            {
+                "user_id": user, "item_id": f"item-{n}", "event_type": "view",
+                "timestamp": START_MS, "surface": "posts",
+            }
+        )
+        for n, user in enumerate(users)
+    ]  # fmt: skip
+    records = Records("events", 0, list(range(40)), [b"x"] * 40, values, [START_MS] * 40)
+    made = processor.process([records])
+    assert made.durable
+    assert len(portions) >= 2
+    assert sorted(user for some in portions for user in some) == sorted(users)
+    assert {one.user_id for one, _ in made.lists} == set(users)
+    assert cache.read_position(EVENTS) == 40

@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ITEMS, tiny_bundle
 from worker.bundle import Bundle, open_bundle
+from worker.cache import Partition, Position, Refused, UserKey
 from worker.events import Event, EventType, Surface
 from worker.metrics import Metrics
 from worker.models import Models, Serving
@@ -16,6 +18,42 @@ from worker.registry import LocalRegistry, Registry
 from worker.settings import ModelChoice
 
 POSTS = Surface.POSTS
+
+
+class WritesAtOnce:
+    """Gives a stand-in for `Cache` that has `write_batch` its `begin`."""
+
+    def write_batch(self, **effects: Any) -> Refused:
+        """Write all effects of a batch."""
+        raise NotImplementedError
+
+    def begin(self, positions: Mapping[Partition, Position]) -> _Gathered:
+        """A write that gathers what it is given until it is finished."""
+        return _Gathered(self, positions)
+
+
+class _Gathered:
+    def __init__(self, cache: WritesAtOnce, positions: Mapping[Partition, Position]) -> None:
+        self._cache, self._positions = cache, positions
+        self._histories: dict[UserKey, bytes] = {}
+        self._lists: dict[UserKey, bytes] = {}
+
+    def users(self, histories: Mapping[UserKey, bytes], lists: Mapping[UserKey, bytes]) -> None:
+        self._histories |= histories
+        self._lists |= {key: lists[key] for key in histories if key in lists}
+
+    def finish(self, **rest: Any) -> Refused:
+        return self._cache.write_batch(
+            histories=self._histories,
+            recommendations=self._lists,
+            positions=self._positions,
+            **rest,
+        )
+
+    def close(self) -> None:
+        pass
+
+
 #: Revisions of tests are small, so that every order of them can be written down.
 AT = datetime(1970, 1, 1, tzinfo=UTC)
 #: Versions of `registry`: two models of other lists, and one that knows none of `ITEMS`.

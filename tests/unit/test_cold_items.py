@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ITEMS
+from tests.unit.serving import WritesAtOnce
 from tests.unit.test_text import text_bundle
 from worker.bundle import Bundle, open_bundle
 from worker.cache import Refused
@@ -140,7 +141,7 @@ def test_cold_items_stand_where_their_score_puts_them(bundle: Bundle, count: int
     assert merged.complete == (count >= len(ITEMS))
 
 
-class FakeCache:
+class FakeCache(WritesAtOnce):
     """Histories nowhere; cold items in a list."""
 
     def __init__(self) -> None:

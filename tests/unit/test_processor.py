@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tests.unit.serving import total
+from tests.unit.serving import WritesAtOnce, total
 from worker.cache import Position, Refused, UserKey
 from worker.events import Records, Surface
 from worker.history import History
@@ -23,7 +23,7 @@ ANN = UserKey("ann", Surface.POSTS)
 PLACE = ("events", 0)
 
 
-class FakeRedis:
+class FakeRedis(WritesAtOnce):
     """A cache that can be told what to do when histories are read."""
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from tests.unit.serving import (
     STRANGE,
     V1,
     V2,
+    WritesAtOnce,
     canary,
     event,
     opened,
@@ -42,7 +43,7 @@ SIDES: tuple[Arm, ...] = ("canary", "stable", "others", "shadow")
 USERS = [f"u{number}" for number in range(24)]
 
 
-class MemoryRedis:
+class MemoryRedis(WritesAtOnce):
     """What `Cache` keeps, in dicts."""
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class MemoryRedis:
     def read_tallies(self, keys: list[PartitionKey]) -> list[bytes | None]:
         return [self.tallies.get(key) for key in keys]
 
-    def write_batch(
+    def write_batch(  # type: ignore[override]
         self,
         *,
         histories: dict[UserKey, bytes],
