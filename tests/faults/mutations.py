@@ -37,6 +37,8 @@ def _commit_at_start() -> None:
         return run
 
     replace("worker.intake:RecordBatch.start", start)
+    # Else the next worker finds that Redis lacks what was committed, and reads it again.
+    _ignore_losses()
 
 
 def _commit_position() -> None:
@@ -50,6 +52,7 @@ def _commit_position() -> None:
         return run
 
     replace("worker.intake:BatchConsumerThread._commit", commit)
+    _ignore_losses()
 
 
 def _forget_offsets() -> None:
@@ -60,7 +63,17 @@ def _forget_offsets() -> None:
 
         return run
 
+    def add(function: Any) -> Any:
+        def run(table: Any, events: Any) -> None:
+            reached, table.offset = table.offset, -1
+            function(table, events)
+            table.offset = max(reached, table.offset)
+
+        return run
+
     replace("worker.history:History._advance", advance)
+    # A history shows a repeat only where a user's event before it is repeated too.
+    replace("worker.popularity:PopularityTable.add", add)
 
 
 def _forget_event_ids() -> None:
@@ -191,7 +204,9 @@ MUTATIONS = {
     ),
     "commit_at_start": Mutation("a batch counts as finished before its effects", _commit_at_start),
     "commit_position": Mutation("what was read is committed", _commit_position),
-    "forget_offsets": Mutation("a history takes a record that it knows", _forget_offsets),
+    "forget_offsets": Mutation(
+        "a history, or a sum, takes a record that it knows", _forget_offsets
+    ),
     "forget_event_ids": Mutation("event ids are not remembered", _forget_event_ids),
     "order_by_arrival": Mutation("histories are in order of arrival", _order_by_arrival),
     "keep_cache": Mutation("histories in memory outlive a rebalance", _keep_cache),

@@ -52,7 +52,7 @@ KILLS = (
     _kill("decoded", "after decoding", 300, "commit_at_start"),
     _kill("read", "after reading histories", 150, "commit_at_start"),
     _kill("scored", "after scoring", 300, "commit_at_start"),
-    _kill("sent", "after some users of a write were sent", 150, "forget_offsets", short=True),
+    _kill("sent", "after some users of a write were sent", 150, "commit_at_start", short=True),
     _kill("half_written", "with half of a write in Redis", 150, "commit_at_start"),
     _kill("written", "after a write to Redis", 150, "forget_offsets", short=True),
     _kill("half_published", "with half of a publish on the topic", 300, "forget_offsets"),
