@@ -160,6 +160,8 @@ def describe(cpus: Cpus, broker: str) -> dict[str, Any]:
     from models.report.machine import machine  # noqa: PLC0415 - brings all of the reports
 
     about = machine()
+    # This process is on those of the rest by now.
+    about["cores"] = len({*cpus.sut, *cpus.rest})
     about["cpus"] = {"sut": list(cpus.sut), "rest": list(cpus.rest)}
     about["kernel"] = platform.release()
     versions = about["versions"]
