@@ -54,6 +54,10 @@ class Histories:
     def __contains__(self, key: UserKey) -> bool:
         return key in self._cached
 
+    def loaded(self, keys: Iterable[UserKey]) -> dict[UserKey, History]:
+        """The histories of `keys`, which must be cached."""
+        return {key: self._cached[key] for key in keys}
+
     def load(self, keys: Iterable[UserKey]) -> dict[UserKey, History]:
         """The histories of `keys`, read in one round trip where they are not cached."""
         cached = self._cached
@@ -64,7 +68,7 @@ class Histories:
         self._metrics.history_reads.labels("cache").inc(len(wanted) - len(missing))
         for key in wanted:
             cached.move_to_end(key)
-        return {key: cached[key] for key in wanted}
+        return self.loaded(wanted)
 
     def trust(self) -> None:
         """Redis had lost nothing when the histories in memory were read."""

@@ -380,7 +380,7 @@ class Processor:
         Args:
             decoded: each with its tombstones behind its events (`EventBatch.cut`).
         """
-        histories = self._histories.load(_keys(decoded))
+        histories = self._histories.loaded(_keys(decoded))
         touched: dict[UserKey, Touched] = {}
         emptied: set[UserKey] = set()
         tombstones: list[Tombstone] = []
