@@ -105,10 +105,6 @@ class Steady:
     #: How late the generator itself was: 99th percentile and most.
     sender_late_ms: tuple[float, float]
 
-    def cpu_s_per_million(self, part: str = "sut") -> float:
-        """Processor seconds of a part per million events, as fine as the system counts."""
-        return 1e6 * max(self.usage.cpu_s[part], _TICK_S) / self.events
-
 
 @dataclass(frozen=True)
 class Run:

@@ -377,9 +377,10 @@ class BatchWrite:
         self._positions = positions
         self._users: list[UserKey] = []
         self._commands: list[Command] = []
-        self._lost: dict[Partition, int] | None = None
-        self._connection: Any = None
-        self._fresh = True
+        self._lost: dict[Partition, int] | None
+        self._connection: Any
+        #: Whether nothing was sent over the connection yet.
+        self._fresh: bool
         self._connect()
 
     def users(
@@ -467,9 +468,7 @@ class BatchWrite:
     def _pack_and_send(self, commands: Sequence[Command]) -> None:
         # Before its first use a connection may be looked at; after that there may be replies that
         # nobody has read yet, which a look would take for its own.
-        self._connection.send_packed_command(
-            [b"".join(map(_PACK, commands))], check_health=self._fresh
-        )
+        _send(self._connection, commands, check_health=self._fresh)
         self._fresh = False
 
     def _replies(self) -> list[Any]:
@@ -485,9 +484,13 @@ class BatchWrite:
         self._connection = None
 
 
+def _send(connection: Any, commands: Sequence[Command], *, check_health: bool = True) -> None:
+    connection.send_packed_command([b"".join(map(_PACK, commands))], check_health=check_health)
+
+
 def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
     if commands:
-        connection.send_packed_command([b"".join(map(_PACK, commands))])
+        _send(connection, commands)
     return [connection.read_response() for _ in commands]
 
 

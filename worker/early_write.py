@@ -41,7 +41,7 @@ class EarlyWrite:
         self._attempt = attempt
         self._write: BatchWrite | None = None
         #: Users that were sent.
-        self.sent: dict[UserKey, None] = {}
+        self.sent: set[UserKey] = set()
         #: Time in this object: packing, sending, waiting.
         self.seconds = 0.0
         if begin is not None:
@@ -63,7 +63,7 @@ class EarlyWrite:
         except RedisAwayError:
             self.close()
         else:
-            self.sent.update(dict.fromkeys(histories))
+            self.sent.update(histories)
 
     def finish(
         self,

@@ -233,25 +233,12 @@ class Processor:
             with self._stage("history"):
                 ready = self._ready(parts)
                 changes = self._apply(ready, made, first_time=first_time)
-            lists: dict[UserKey, Recommendations] = {}
-            encoded: dict[UserKey, bytes] = {}
             refused: set[UserKey] = set()
             with closing(self._head_start()) as early:
-                for surface, users in _by_surface(self._wanting(changes.touched)).items():
-                    compared: dict[int, Compared] = {}
-                    for some in _portions(users):
-                        own = self._recommend(surface, some, compared)
-                        if generation != self._generation:
-                            return
-                        lists |= own
-                        encoded |= {key: encode(one) for key, one in own.items()}
-                        early.users(self._histories.stored(own), encoded)
-                    place = _place(next(iter(users.values())).event)
-                    for period, both in compared.items():
-                        with suppress(RedisAwayError):
-                            self._trials.compared(place, period, both)
+                lists = self._make_lists(self._wanting(changes.touched), early, generation)
                 if generation != self._generation:
                     return
+                encoded = {key: data for key, (_, data) in lists.items()}
                 held.hold(ready, changes.touched, changes.emptied, encoded, made.cold_items)
                 # With all that was parked, or not at all: what is written says how far all was
                 # taken.
@@ -262,7 +249,7 @@ class Processor:
                     self._metrics.stage_seconds.labels("cache").observe(
                         sent_s + time.perf_counter() - began
                     )
-            made.lists += [(one, encoded[key]) for key, one in lists.items() if key not in refused]
+            made.lists += [pair for key, pair in lists.items() if key not in refused]
             made.forgotten += [
                 one
                 for one in changes.tombstones
@@ -505,6 +492,30 @@ class Processor:
 
     # -- lists
 
+    def _make_lists(
+        self, touched: dict[UserKey, Touched], early: EarlyWrite, generation: int
+    ) -> dict[UserKey, tuple[Recommendations, bytes]]:
+        """Lists for `touched`, with their JSON; each portion is sent as soon as it is made.
+
+        A rebalance since `generation` ends it early.
+        """
+        lists: dict[UserKey, tuple[Recommendations, bytes]] = {}
+        for surface, users in _by_surface(touched).items():
+            compared: dict[int, Compared] = {}
+            for some in _portions(users):
+                made = self._recommend(surface, some, compared)
+                if generation != self._generation:
+                    return lists
+                encoded = {key: encode(one) for key, one in made.items()}
+                lists |= {key: (one, encoded[key]) for key, one in made.items()}
+                if early.alive:
+                    early.users(self._histories.stored(made), encoded)
+            place = _place(next(iter(users.values())).event)
+            for period, both in compared.items():
+                with suppress(RedisAwayError):
+                    self._trials.compared(place, period, both)
+        return lists
+
     def _recommend(
         self,
         surface: Surface,
@@ -684,10 +695,12 @@ class Processor:
         Raises:
             RedisAwayError: as `_attempt`.
         """
-        if self._outage.due_in_s():
-            raise RedisAwayError(name)
-        with self._metrics.redis_seconds.labels(name).time():
-            return self._attempt(name, operation)
+
+        def timed() -> T:
+            with self._metrics.redis_seconds.labels(name).time():
+                return operation()
+
+        return self._attempt(name, timed)
 
     def _attempt(self, name: str, operation: Callable[[], T]) -> T:
         """Run an operation of Redis, or a part of one.
