@@ -59,6 +59,11 @@ class Bundle:
         """Model index by item id."""
         return {item: position for position, item in enumerate(self.items, start=1)}
 
+    def own(self, item: str) -> str:
+        """The catalogue's own string for `item`; itself where the model does not know it."""
+        at = self.index.get(item)
+        return item if at is None else self.items[at - 1]
+
     def fresh_carry(self, batch: int) -> NDArray[np.float32]:
         """Carries of users of whom nothing was read yet: zeros float32 `[batch, carry_width]`.
 

@@ -26,12 +26,13 @@ Read = Callable[[Sequence[UserKey]], list[tuple[bytes | None, bytes | None]]]
 Discard = Callable[[Sequence[UserKey]], None]
 
 #: What a history takes in memory beside its stored form, which is about as large as its columns:
-#: Python's own objects, and an item id as a string of its own. Measured (docs/design.md).
+#: Python's own objects, and each item id that no model knows as a string of its own. Measured
+#: (docs/design.md).
 MEMORY_PER_HISTORY = 1400
 #: The lists that the user was served; their items are the model's own strings, or read from Redis.
 MEMORY_PER_SHOWN = 64
 MEMORY_PER_SHOWN_ITEM = 40
-MEMORY_PER_ITEM = 62
+MEMORY_PER_ITEM, MEMORY_PER_OWN_ITEM = 8, 54
 
 
 class Histories:
@@ -146,6 +147,7 @@ class Histories:
     def _resize(self, key: UserKey, stored_bytes: int) -> None:
         history = self._cached[key]
         size = MEMORY_PER_HISTORY + stored_bytes + MEMORY_PER_ITEM * len(history.items)
+        size += MEMORY_PER_OWN_ITEM * history.unshared()
         size += len(history.window) + len(history.carry or b"")
         for shown in (history.served, history.beside):
             if shown is not None:

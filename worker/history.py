@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -141,13 +141,19 @@ class History(msgspec.Struct, gc=False, eq=False):
     served: Shown | None = None
     beside: Shown | None = None
 
-    def apply(self, event: Event) -> Outcome:
-        """Take `event` in. `late` is older than all of a full history and changes nothing."""
+    def apply(self, event: Event, item: str | None = None) -> Outcome:
+        """Take `event` in. `late` is older than all of a full history and changes nothing.
+
+        Args:
+            item: the event's item id, as a string that all histories share: one for each time that
+                an item was seen would be most of a worker's memory, and in no processor's cache.
+        """
         if not self._advance(event):
             return "duplicate"
         if event.event_id is not None and not self._note_id(event.event_id):
             return "duplicate"
-        item = event.item_id
+        if item is None:
+            item = event.item_id
         if event.event_type is EventType.HIDE:
             self._hide(item)
             return "applied"
@@ -233,12 +239,15 @@ class History(msgspec.Struct, gc=False, eq=False):
         return "applied"
 
     def refresh_window(
-        self, index: Mapping[str, int], catalogue: str, version: str
+        self, index: Mapping[str, int], names: Sequence[str], catalogue: str, version: str
     ) -> list[int] | None:
-        """Bring `window` up to date for the model `version`, whose items `index` numbers from 1.
+        """Bring `window` up to date for the model `version`, whose items are `names`, which `index`
+        numbers from 1.
 
         Versions of one `catalogue` number their items alike, so that a swap from one to the other
         leaves windows as they are: to make those of all users anew costs every user's next event.
+
+        Where it is made anew, ids that the model knows become its own strings (`apply` says why).
 
         Returns:
             Model indexes of the items that came since the last time, without those that the model
@@ -254,7 +263,10 @@ class History(msgspec.Struct, gc=False, eq=False):
             self.window_of = catalogue
             known = np.zeros(self.length, dtype=np.int32)
             if self.items:
-                known[-len(self.items) :] = [index.get(item, 0) for item in self.items]
+                found = [index.get(item, 0) for item in self.items]
+                known[-len(self.items) :] = found
+                pairs = zip(found, self.items, strict=True)
+                self.items = tuple([names[at - 1] if at else item for at, item in pairs])
             self.window = known.tobytes()
             return None
         if fresh == 0:
@@ -262,6 +274,12 @@ class History(msgspec.Struct, gc=False, eq=False):
         new = [index.get(item, 0) for item in self.items[-fresh:]]
         self.window = self.window[4 * fresh :] + array("i", new).tobytes()
         return [at for at in new if at]
+
+    def unshared(self) -> int:
+        """Items whose ids are strings of this history alone."""
+        known = int(np.count_nonzero(np.frombuffer(self.window, dtype=np.int32)))
+        # Items may have gone since the window was made.
+        return max(0, len(self.items) - known)
 
     def to_bytes(self) -> bytes:
         """The stored form."""

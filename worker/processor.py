@@ -379,8 +379,10 @@ class Processor:
                 key = UserKey(event.user_id, event.surface)
                 history = histories[key]
                 judging = self._trials.wants(event, history)
+                serves = serving[event.surface]
+                item = None if serves is None else serves.stable.own(event.item_id)
                 try:
-                    outcome: str = history.apply(event)
+                    outcome: str = history.apply(event, item)
                 except Exception as error:
                     # One event must never stop the stream.
                     log.error(
@@ -402,7 +404,7 @@ class Processor:
                         )
                         touched[key] = Touched(history, event, active)
                     if judging and outcome == "applied":
-                        self._judge(serving[event.surface], event, history)
+                        self._judge(serves, event, history)
                     if event.text:
                         self._note_text(event, event.text, made)
                 outcomes[event.surface, event.event_type, outcome] += 1

@@ -84,7 +84,7 @@ def model_inputs(histories: Sequence[History], bundle: Bundle) -> Inputs:
     manifest, index = bundle.manifest, bundle.index
     catalogue, version = manifest.catalogue, manifest.reference
     fresh: list[list[int] | None] = [
-        history.refresh_window(index, catalogue, version) for history in histories
+        history.refresh_window(index, bundle.items, catalogue, version) for history in histories
     ]
     windows = np.frombuffer(b"".join([history.window for history in histories]), dtype=np.int32)
     windows = windows.reshape(len(histories), -1)

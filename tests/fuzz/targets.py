@@ -129,7 +129,7 @@ def _read_history(data: bytes) -> None:
     for _ in range(2):
         assert len(history.items) == len(history.timestamps) <= LENGTH
         assert len(history.hidden) <= LENGTH
-        history.refresh_window({"i1": 1}, "catalogue", "version")
+        history.refresh_window({"i1": 1}, ["i1"], "catalogue", "version")
         again = History.from_bytes(history.to_bytes(), LENGTH)
         assert again.to_bytes() == history.to_bytes()
         history.apply(_PROBE)

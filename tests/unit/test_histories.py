@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from tests.unit.serving import POSTS, event, total
 from worker.cache import UserKey
 from worker.events import Event, EventType
-from worker.histories import MEMORY_PER_HISTORY, MEMORY_PER_ITEM, Histories
+from worker.histories import (
+    MEMORY_PER_HISTORY,
+    MEMORY_PER_ITEM,
+    MEMORY_PER_OWN_ITEM,
+    Histories,
+)
 from worker.history import Applied, History, Shown
 from worker.metrics import Metrics
 from worker.quality import UserRecord
@@ -189,24 +194,32 @@ def test_lists_of_a_trial_are_part_of_the_bound() -> None:
     assert size(2) - size(1) == size(1) - size(0) > 10 * 8
 
 
-def test_what_a_history_takes_is_reckoned_as_measured() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_history_takes_is_reckoned_as_measured(known: bool) -> None:
     """By Python's own account of the objects that belong to one history alone."""
     length = 200
+    names = [f"item-{number:04d}" for number in range(length)]
+    index = {name: at for at, name in enumerate(names, start=1)} if known else {}
     stored = History(length)
-    for number in range(length):
+    for number, name in enumerate(names):
         stored.apply(
             Event(
-                "ann", f"item-{number:04d}", EventType.VIEW, POSTS, 1_764_000_000_000 + number,
+                "ann", name, EventType.VIEW, POSTS, 1_764_000_000_000 + number,
                 f"e{number}", None, "user-events", 0, number, 1_764_000_000_000 + number,
             )
         )  # fmt: skip
     data = stored.to_bytes()
+    own = []
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        own = [History.from_bytes(data, length) for _ in range(50)]
+        for _ in range(50):
+            history = History.from_bytes(data, length)
+            history.refresh_window(index, names, "catalogue", "version")
+            own.append(history)
         taken = (tracemalloc.get_traced_memory()[0] - before) / len(own)
     finally:
         tracemalloc.stop()
     reckoned = MEMORY_PER_HISTORY + len(data) + MEMORY_PER_ITEM * length
-    assert taken < reckoned < 1.5 * taken
+    reckoned += MEMORY_PER_OWN_ITEM * own[0].unshared() + len(own[0].window)
+    assert taken < reckoned < 1.6 * taken

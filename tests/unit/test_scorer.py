@@ -34,6 +34,7 @@ def model(
     made = SimpleNamespace(
         manifest=manifest,
         index=index,
+        items=tuple(index),
         fresh_carry=lambda batch: np.zeros((batch, carry_width or 0), dtype=np.float32),
     )
     return cast(Bundle, cast(Any, made))
@@ -195,3 +196,32 @@ def test_users_with_and_without_a_carry_are_run_apart() -> None:
     take(stepped, "d", 9, 9)
     inputs = model_inputs([of("ab"), stepped, of("xy")], recurrent())
     assert rows(inputs) == {0: [1, 2], 1: [4]}
+
+
+def test_ids_that_the_model_knows_are_its_own_strings() -> None:
+    """One string for each time that an item was seen was most of a worker's memory."""
+    own = {f"item-{number}": number for number in (1, 2, 3)}
+    bundle = model(index=own, max_length=LENGTH)
+
+    def seen(*numbers: int) -> History:
+        history = History(LENGTH)
+        for at, number in enumerate(numbers):
+            # Another string than the model's, as one that was just decoded is.
+            take(history, f"item-{number}", at, at)
+        return history
+
+    def unlike(history: History) -> list[str]:
+        names = [item for item in history.items if item in own]
+        return [one for one in names if one is not bundle.items[own[one] - 1]]
+
+    ann, bob = seen(1, 2, 9), seen(2, 3)
+    assert unlike(ann) and unlike(bob)
+    model_inputs([ann, bob], bundle)
+    assert unlike(ann) == unlike(bob) == []
+    assert (ann.items, bob.items) == (("item-1", "item-2", "item-9"), ("item-2", "item-3"))
+    assert (ann.unshared(), bob.unshared()) == (1, 0)
+    # And another catalogue's take their place.
+    other = model(index={f"item-{number}": number for number in (1, 2)}, max_length=LENGTH)
+    model_inputs([ann], other)
+    assert ann.items[0] is other.items[0]
+    assert ann.unshared() == 1
