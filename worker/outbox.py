@@ -38,8 +38,8 @@ SMALLEST_BATCH_BYTES = 8 * 1024
 SPARE_BYTES = 4 * 1024
 #: Longest explanation in a dead letter, in characters: it may quote what the producer sent.
 MAX_DETAIL_LENGTH = 500
-#: Keys whose partition is remembered; the hash is computed in Python.
-REMEMBERED_KEYS = 65_536
+#: Keys whose partition is remembered: 220 bytes each, for the 1.4 us that the hash takes.
+REMEMBERED_KEYS = 16_384
 
 
 #: A value made to take at most so many bytes.
