@@ -28,6 +28,8 @@ FORMAT = 2
 MAX_FOLLOWED = 5_000
 #: Bytes of the hash of one event id.
 ID_BYTES = 8
+#: An item in a window that the model does not know, or none.
+_UNKNOWN = bytes(4)
 #: More than the longest history takes: 10,000 items, as many hidden ones and `MAX_FOLLOWED`, of
 #: four bytes a character, with times and event ids.
 MAX_STORED_BYTES = 32 << 20
@@ -277,6 +279,8 @@ class History(msgspec.Struct, gc=False, eq=False):
 
     def unshared(self) -> int:
         """Items whose ids are strings of this history alone."""
+        if self.window and _UNKNOWN not in self.window:
+            return 0
         known = int(np.count_nonzero(np.frombuffer(self.window, dtype=np.int32)))
         # Items may have gone since the window was made.
         return max(0, len(self.items) - known)
