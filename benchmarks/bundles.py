@@ -62,7 +62,7 @@ def synthetic_float_bundle(item_count: int, length: int) -> Path:
 
 def _place(item_count: int, length: int, kind: str) -> Path:
     # Another folder where the graphs of SASRec become others, so that old ones are not kept.
-    return _ROOT / ".cache" / "bench-bundles-2" / "synthetic" / f"{item_count}x{length}-{kind}"
+    return _ROOT / ".cache" / "bench-bundles-3" / "synthetic" / f"{item_count}x{length}-{kind}"
 
 
 def _shipped(precision: str) -> Path:

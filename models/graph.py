@@ -22,6 +22,10 @@ ITEM_TABLE = "item_table"
 INPUT_SCALE = "input_scale"
 LOOKUP_NODE = "look_up_items"
 SCORE_NODE = "score_items"
+#: What a position asks for, is found by, and gives: the trained projection in three pieces.
+ATTENTION_PARTS = ("query", "key", "value")
+#: Earlier releases kept some of them together, by these names.
+ATTENTION_TOGETHER = {"qkv": ATTENTION_PARTS, "key_value": ATTENTION_PARTS[1:]}
 
 _KINDS = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
@@ -66,10 +70,10 @@ class Graph:
         """Add a small int64 vector."""
         return self.constant(np.array(values, dtype=np.int64))
 
-    def look_up(self, table: Any, scale: float) -> str:
-        """Vectors of the history's items, float32 `[batch, length, width]`, times `scale`."""
+    def look_up(self, table: Any, scale: float, ids: str = "history") -> str:
+        """Vectors of the items `ids`, float32 `[*ids, width]`, times `scale`."""
         self.weight(ITEM_TABLE, floats(table))
-        found = self.add("Gather", ITEM_TABLE, "history", axis=0, name=LOOKUP_NODE)
+        found = self.add("Gather", ITEM_TABLE, ids, axis=0, name=LOOKUP_NODE)
         return self.add("Mul", found, self.weight(INPUT_SCALE, floats([scale])))
 
     def linear(self, x: str, weight: Any, bias: Any, name: str) -> str:
@@ -165,6 +169,14 @@ class Weights:
     def norm(self, name: str) -> Params:
         """What `Graph.norm` stored."""
         return {"scale": self.value(f"{name}_scale"), "bias": self.value(f"{name}_shift")}
+
+
+def names_today(name: str) -> list[str]:
+    """Weights that hold what weight `name`, of this or an earlier release, holds."""
+    for together, parts in ATTENTION_TOGETHER.items():
+        if name.endswith(f"_{together}_weight"):
+            return [name.replace(f"_{together}_", f"_{part}_") for part in parts]
+    return [name]
 
 
 def floats(value: Any) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from models.compress.rewriter import Rewriter
 from models.dataset import Queries, padded
-from models.graph import ITEM_TABLE
+from models.graph import ATTENTION_PARTS, ATTENTION_TOGETHER, ITEM_TABLE
 from worker.bundle import open_bundle, write_bundle
 from worker.errors import StreamrecError
 from worker.manifest import CARRY, MODEL_FILE, Manifest, TensorSpec
@@ -89,7 +89,7 @@ class Weight:
         of the name.
         """
         names = {self.role, self.name.split("_", 1)[0]}
-        if any(f"_{p}_" in self.name for p in ("qkv", "query", "key_value", "out")):
+        if any(f"_{p}_" in self.name for p in (*ATTENTION_PARTS, *ATTENTION_TOGETHER, "out")):
             names.add("attention")
         if any(f"_{p}_" in self.name for p in ("drive", "read")):
             names.add("recurrence")
@@ -288,8 +288,11 @@ def find_weights(model: ModelProto) -> list[Weight]:
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in stored:
             roles[node.input[1]] = "linear"
+    ids = {"history"}
     for node in graph.node:
-        if node.op_type == "Gather" and node.input[0] in stored and node.input[1] == "history":
+        if node.op_type == "Transpose" and node.input[0] in ids:
+            ids.update(node.output)
+        if node.op_type == "Gather" and node.input[0] in stored and node.input[1] in ids:
             roles[node.input[0]] = "table"
     # A row or a column is a bias with a leading 1: nothing to gain.
     return [Weight(n, roles[n], s) for n, s in stored.items() if min(s) > 1 or n == ITEM_TABLE]

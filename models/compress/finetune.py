@@ -19,7 +19,7 @@ from models.compress.structure import rebuilt
 from models.dataset import sample
 from models.export import read_params
 from models.family import Params
-from models.graph import ITEM_TABLE
+from models.graph import ITEM_TABLE, names_today
 from models.losses import Teacher
 from models.sasrec_export import POSITIONS
 from models.train import Recipe, fit
@@ -73,6 +73,8 @@ def finetune(
 def _projection(params: Params, encodings: Mapping[str, Encoding]) -> Any:
     masks = jax.tree.map(lambda value: jnp.asarray(value != 0) if value.ndim == 2 else None, params,
                          is_leaf=lambda value: isinstance(value, np.ndarray))  # fmt: skip
+    # A bundle of an earlier release has other names.
+    encodings = {new: kind for name, kind in encodings.items() for new in names_today(name)}
     sparse = any(
         mask is not None and not bool(mask[1:].all())
         for mask in jax.tree.leaves(masks, is_leaf=lambda m: m is None)
@@ -94,11 +96,15 @@ def _projection(params: Params, encodings: Mapping[str, Encoding]) -> Any:
                 part for part, layer in block.items() if isinstance(layer, dict) and "w" in layer
             ):
                 name = f"block{number}_{part}_weight"
-                if part == "qkv" and name not in encodings:
-                    # The last block's projection is stored in two pieces, alike in every column.
-                    name = f"block{number}_key_value_weight"
-                mask = masks["blocks"][number][part]["w"]
-                other[part] = {**block[part], "w": use(name, block[part]["w"], mask)}
+                value, mask = block[part]["w"], masks["blocks"][number][part]["w"]
+                if part == "qkv":
+                    # Stored in pieces, each for itself.
+                    own = [None] * 3 if mask is None else jnp.split(mask, 3, axis=1)
+                    pieces = zip(names_today(name), jnp.split(value, 3, axis=1), own, strict=True)
+                    value = jnp.concatenate([use(*piece) for piece in pieces], axis=1)
+                else:
+                    value = use(name, value, mask)
+                other[part] = {**block[part], "w": value}
             blocks.append(other)
         tables = {
             table: use(name, now[table], masks[table])

@@ -25,6 +25,7 @@ from models.dataset import sample, windows
 from models.evaluate import accuracy, ranks
 from models.export import export, read_params
 from models.family import Params, Shape, param_score
+from models.graph import names_today
 
 #: Windows whose gradients estimate importance.
 _WINDOWS = 256
@@ -139,7 +140,12 @@ def rebuilt(draft: Draft, params: Params, shape: Shape) -> Draft:
     manifest = msgspec.structs.replace(
         draft.manifest, max_length=shape.length, inputs=graph_inputs(model), any_length=True
     )
-    encodings = {name: kind for name, kind in draft.encodings.items() if name in names}
+    encodings = {
+        new: kind
+        for name, kind in draft.encodings.items()
+        for new in names_today(name)
+        if new in names
+    }
     return replace(draft, model=model, manifest=manifest, encodings=encodings)
 
 

@@ -12,7 +12,7 @@ from worker.manifest import ITEMS_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
 #: Parts by names of weights, as our exports give them; compression keeps them as prefixes.
 _PATTERNS = {
     "item table": re.compile(r"item_(?!indexes)"),
-    "attention": re.compile(r"block\d+_(qkv|query|key_value|out)_"),
+    "attention": re.compile(r"block\d+_(qkv|query|key|value|key_value|out)_"),
     "recurrence": re.compile(r"block\d+_(drive|read)_"),
     "feed-forward": re.compile(r"block\d+_(up|down)_"),
 }
