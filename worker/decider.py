@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
 
@@ -27,7 +27,15 @@ from worker.outbox import Outbox, Outgoing
 from worker.quality import Tally
 from worker.registry import Registry
 from worker.release_channel import release_record
-from worker.releases import Canary, Release, canary_ended, canary_promoted, newer
+from worker.releases import (
+    Canary,
+    Decided,
+    Release,
+    canary_ended,
+    canary_promoted,
+    decided_by_gate,
+    newer,
+)
 from worker.retry import until_it_works
 from worker.settings import Settings
 from worker.trials import PartitionTally, decode_tally, merged
@@ -35,6 +43,9 @@ from worker.trials import PartitionTally, decode_tally, merged
 log = logging.getLogger(__name__)
 
 _ENCODE = msgspec.json.Encoder().encode
+#: A decision of another worker is published once more unless it is older than this: a worker may
+#: have crashed between deciding and publishing.
+PUBLISHED_AGAIN_S = 86_400.0
 
 
 class Decider:
@@ -65,6 +76,8 @@ class Decider:
         self._by = f"gate@{socket.gethostname()}"
         #: What the gate last said of each surface's trial, for the status page.
         self.latest: dict[Surface, Decision] = {}
+        #: Revision by model of the decision that was published last.
+        self._published: dict[str, int] = {}
         #: Trial of each surface whose figures are exported.
         self._exported: dict[Surface, int] = {}
 
@@ -82,7 +95,10 @@ class Decider:
                 continue
             self._export(serving, tally)
             release = self._models.release(surface)
-            if release is None or release.canary is None or not release.canary.auto:
+            if release is None:
+                continue
+            await self._publish(serving.stable.manifest.name, release)
+            if release.canary is None or not release.canary.auto:
                 continue
             decision = self._decision(serving, release, release.canary, tally)
             if decision is None:
@@ -132,10 +148,29 @@ class Decider:
         refusal = self._models.refusal(serving.surface, canary.version)
         reason = f"gate: {decision.reason.value}" + (f": {refusal}" if refusal else "")
 
+        decided = Decided(
+            surface=serving.surface.value,
+            model=name,
+            action=decision.action,
+            reason=reason,
+            stable=stable,
+            canary=canary.version,
+            share=canary.share,
+            since=canary.since,
+            decided_at=now,
+            decided_by=self._by,
+            figures={
+                name: value if math.isfinite(value) else None
+                for name, value in decision.figures.items()
+            },
+        )
+
         def transition(old: Release | None) -> Release:
             if decision.action == "promote":
-                return canary_promoted(old, by=self._by, at=now)
-            return canary_ended(old, quarantine=reason, by=self._by, at=now)
+                changed = canary_promoted(old, by=self._by, at=now)
+            else:
+                changed = canary_ended(old, quarantine=reason, by=self._by, at=now)
+            return decided_by_gate(changed, decided)
 
         changed = await asyncio.to_thread(self._change, name, release, transition)
         if changed is None:
@@ -150,32 +185,30 @@ class Decider:
             (now - canary.since).total_seconds(), decision.figures.get("events", 0.0),
             changed.revision,
         )  # fmt: skip
-        message: dict[str, Any] = {
-            "surface": surface,
-            "model": name,
-            "action": decision.action,
-            "reason": reason,
-            "stable": stable,
-            "canary": canary.version,
-            "share": canary.share,
-            "since": canary.since,
-            "decided_at": now,
-            "decided_by": self._by,
-            "revision": changed.revision,
-            "figures": decision.figures,
-        }
-        settings = self._settings
-        outgoing = []
-        if settings.releases_topic:
-            outgoing.append(release_record(settings.releases_topic, name, changed))
-        if settings.decisions_topic:
-            outgoing.append(Outgoing(settings.decisions_topic, name.encode(), _ENCODE(message), []))
-        await until_it_works(
-            lambda: self._outbox.send(outgoing),
-            name="publish_decision",
-            failures=self._kafka_failures,
-            on_failure=self._metrics.produce_errors.inc,
-        )
+        await self._publish(name, changed)
+
+    async def _publish(self, name: str, release: Release) -> None:
+        """Publish the decision that made `release`, and the release, unless this worker has."""
+        decided = release.decided
+        if decided is None or self._published.get(name) == release.revision:
+            return
+        age_s = (datetime.now(UTC) - decided.decided_at).total_seconds()
+        if age_s < PUBLISHED_AGAIN_S:
+            settings, outgoing = self._settings, []
+            if settings.releases_topic:
+                outgoing.append(release_record(settings.releases_topic, name, release))
+            if settings.decisions_topic:
+                message = {**msgspec.structs.asdict(decided), "revision": release.revision}
+                outgoing.append(
+                    Outgoing(settings.decisions_topic, name.encode(), _ENCODE(message), [])
+                )
+            await until_it_works(
+                lambda: self._outbox.send(outgoing),
+                name="publish_decision",
+                failures=self._kafka_failures,
+                on_failure=self._metrics.produce_errors.inc,
+            )
+        self._published[name] = release.revision
 
     def _change(
         self, name: str, release: Release, transition: Callable[[Release | None], Release]

@@ -54,6 +54,24 @@ class Canary(msgspec.Struct, frozen=True, omit_defaults=True):
     auto: bool = True
 
 
+class Decided(msgspec.Struct, frozen=True):
+    """What the workers' gate decided about a canary, as it is published."""
+
+    surface: str
+    model: str
+    action: str
+    reason: str
+    #: Versions before the decision.
+    stable: str
+    canary: str
+    share: float
+    since: Annotated[datetime, msgspec.Meta(tz=True)]
+    decided_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    decided_by: str
+    #: None where one is not a number.
+    figures: dict[str, float | None]
+
+
 class Release(msgspec.Struct, frozen=True, omit_defaults=True):
     """Which version serves, which are on trial, which must not serve."""
 
@@ -73,6 +91,9 @@ class Release(msgspec.Struct, frozen=True, omit_defaults=True):
     #: When (RFC 3339) and by whom the last change was made.
     at: str = ""
     by: str = ""
+    #: The decision that was the last change; None where a person made it. Here, so that it is
+    #: published by another worker where the one that decided crashed before it could.
+    decided: Decided | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +361,11 @@ def unquarantined(old: Release | None, version: str, *, by: str = "", at: dateti
     return _next(current, by, at, quarantined=_without(current.quarantined, version))
 
 
+def decided_by_gate(release: Release, decided: Decided) -> Release:
+    """`release`, with the decision that made it."""
+    return replace(release, decided=decided)
+
+
 def encode_release(release: Release) -> bytes:
     """The release file's content, for people too."""
     return msgspec.json.format(msgspec.json.encode(release), indent=1) + b"\n"
@@ -366,7 +392,7 @@ def _next(old: Release, by: str, at: datetime, **changes: Any) -> Release:
     """`old` after one change. The one place that keeps what holds of every release: canary, shadow
     and stable version are three, and none is quarantined."""
     revision = max(old.revision + 1, int(at.timestamp() * 1000))
-    new = replace(old, **changes, revision=revision, at=_rfc3339(at), by=by)
+    new = replace(old, **changes, revision=revision, at=_rfc3339(at), by=by, decided=None)
     canary, shadow = new.canary, new.shadow
     if canary is not None and canary.version in {new.stable, *new.quarantined}:
         canary = None

@@ -221,6 +221,52 @@ def test_a_decision_is_published_though_kafka_was_away(stage: Stage) -> None:
     assert total(stage.metrics, "streamrec_produce_errors_total") == 2
 
 
+def test_a_decision_that_a_crash_kept_from_being_published_is_by_who_decides_next(
+    registry: LocalRegistry,
+) -> None:
+    canary(registry)
+    crashed = Stage(registry)
+    crashed.show(canary=0.5)
+    crashed.kafka.failures = 1
+
+    class Crash(BaseException):
+        pass
+
+    async def crash(_: Sequence[Outgoing]) -> None:
+        raise Crash
+
+    crashed.kafka.send = crash  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        crashed.look()
+    assert (crashed.release.stable, crashed.kafka.sent) == (V2, [])
+    after = Stage(registry)
+    after.look()
+    after.look()
+    (decision,) = after.kafka.decisions()
+    assert (decision["action"], decision["canary"]) == ("promote", V2)
+    assert decision["revision"] == after.release.revision
+    assert after.kafka.releases() == [after.release]
+    assert after.decided == 0, "it is counted where it was made"
+
+
+def test_a_decision_is_not_published_again_after_a_day_nor_after_a_person_changed_the_release(
+    registry: LocalRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary(registry)
+    first = Stage(registry)
+    first.show(canary=0.1)
+    first.look()
+    with monkeypatch.context() as later:
+        later.setattr("worker.decider.PUBLISHED_AGAIN_S", 0.0)
+        old = Stage(registry)
+        old.look()
+        assert old.kafka.sent == []
+    registry.promote("posts", V1)
+    changed = Stage(registry)
+    changed.look()
+    assert changed.kafka.sent == []
+
+
 def test_too_little_evidence_decides_nothing_and_is_exported(stage: Stage) -> None:
     stage.show(canary=0.5, count=5)
     before = stage.release
