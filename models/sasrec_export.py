@@ -82,8 +82,9 @@ def read_params(model: ModelProto) -> tuple[Params, Shape]:
     blocks: list[Params] = []
     while f"block{len(blocks)}_out_weight" in weights:
         name = f"block{len(blocks)}"
-        stored = [f"{name}_{part}" for part in ("qkv", "query", "key_value", "key", "value")]
-        parts = [weights.linear(part) for part in stored if f"{part}_weight" in weights]
+        earlier = (("qkv",), ("query", "key_value"))
+        stored = next((at for at in earlier if f"{name}_{at[-1]}_weight" in weights), None)
+        parts = [weights.linear(f"{name}_{part}") for part in stored or ATTENTION_PARTS]
         qkv = {key: np.concatenate([part[key] for part in parts], -1) for key in ("w", "b")}
         blocks.append({"qkv": qkv} | {n: weights.norm(f"{name}_{n}") for n in ("norm1", "norm2")})
         blocks[-1] |= {part: weights.linear(f"{name}_{part}") for part in ("out", "up", "down")}

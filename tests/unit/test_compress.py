@@ -109,6 +109,14 @@ def test_weights_that_earlier_releases_kept_together_are_read_alike(draft: Draft
     jax.tree.map(np.testing.assert_array_equal, found, read_params(draft.model)[0])
 
 
+def test_a_graph_whose_attention_is_quantized_is_no_longer_read(
+    draft: Draft, context: Context
+) -> None:
+    made = onnx.load_model_from_string(lower(by("int8:parts=block?_key_weight", draft, context)))
+    with pytest.raises(ForeignGraphError, match="block0_key_weight"):
+        read_params(made)
+
+
 def test_plans_for_those_weights_are_kept_in_a_graph_of_today(draft: Draft) -> None:
     int8 = Rows(8, 0, True)
     plan = dict.fromkeys(("block0_qkv_weight", "block1_key_value_weight", "item_table"), int8)
