@@ -6,7 +6,7 @@ The item table is stored once, for looking items up and for scoring them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 from models.family import Params
 from worker.errors import StreamrecError
 from worker.manifest import STATE, TensorSpec
+
+T = TypeVar("T")
 
 OPSET = 21
 #: Names that compression and `read_params` look for.
@@ -26,6 +28,8 @@ SCORE_NODE = "score_items"
 ATTENTION_PARTS = ("query", "key", "value")
 #: Earlier releases kept some of them together, by these names.
 ATTENTION_TOGETHER = {"qkv": ATTENTION_PARTS, "key_value": ATTENTION_PARTS[1:]}
+#: What names of all weights of attention have in them.
+ATTENTION_WEIGHTS = (*ATTENTION_PARTS, *ATTENTION_TOGETHER, "out")
 
 _KINDS = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
@@ -177,6 +181,11 @@ def names_today(name: str) -> list[str]:
         if name.endswith(f"_{together}_weight"):
             return [name.replace(f"_{together}_", f"_{part}_") for part in parts]
     return [name]
+
+
+def plan_today(plan: Mapping[str, T]) -> dict[str, T]:
+    """What is planned for weights, of this or an earlier release, by their names of today."""
+    return {new: kind for name, kind in plan.items() for new in names_today(name)}
 
 
 def floats(value: Any) -> NDArray[np.float32]:

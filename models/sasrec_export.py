@@ -83,8 +83,10 @@ def read_params(model: ModelProto) -> tuple[Params, Shape]:
     while f"block{len(blocks)}_out_weight" in weights:
         name = f"block{len(blocks)}"
         earlier = (("qkv",), ("query", "key_value"))
-        stored = next((at for at in earlier if f"{name}_{at[-1]}_weight" in weights), None)
-        parts = [weights.linear(f"{name}_{part}") for part in stored or ATTENTION_PARTS]
+        stored = next(
+            (at for at in earlier if f"{name}_{at[-1]}_weight" in weights), ATTENTION_PARTS
+        )
+        parts = [weights.linear(f"{name}_{part}") for part in stored]
         qkv = {key: np.concatenate([part[key] for part in parts], -1) for key in ("w", "b")}
         blocks.append({"qkv": qkv} | {n: weights.norm(f"{name}_{n}") for n in ("norm1", "norm2")})
         blocks[-1] |= {part: weights.linear(f"{name}_{part}") for part in ("out", "up", "down")}

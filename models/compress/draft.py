@@ -23,7 +23,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from models.compress.rewriter import Rewriter
 from models.dataset import Queries, padded
-from models.graph import ATTENTION_PARTS, ATTENTION_TOGETHER, ITEM_TABLE
+from models.graph import ATTENTION_WEIGHTS, ITEM_TABLE
 from worker.bundle import open_bundle, write_bundle
 from worker.errors import StreamrecError
 from worker.manifest import CARRY, MODEL_FILE, Manifest, TensorSpec
@@ -89,7 +89,7 @@ class Weight:
         of the name.
         """
         names = {self.role, self.name.split("_", 1)[0]}
-        if any(f"_{p}_" in self.name for p in (*ATTENTION_PARTS, *ATTENTION_TOGETHER, "out")):
+        if any(f"_{p}_" in self.name for p in ATTENTION_WEIGHTS):
             names.add("attention")
         if any(f"_{p}_" in self.name for p in ("drive", "read")):
             names.add("recurrence")

@@ -19,7 +19,7 @@ from models.compress.structure import rebuilt
 from models.dataset import sample
 from models.export import read_params
 from models.family import Params
-from models.graph import ITEM_TABLE, names_today
+from models.graph import ITEM_TABLE, names_today, plan_today
 from models.losses import Teacher
 from models.sasrec_export import POSITIONS
 from models.train import Recipe, fit
@@ -73,8 +73,7 @@ def finetune(
 def _projection(params: Params, encodings: Mapping[str, Encoding]) -> Any:
     masks = jax.tree.map(lambda value: jnp.asarray(value != 0) if value.ndim == 2 else None, params,
                          is_leaf=lambda value: isinstance(value, np.ndarray))  # fmt: skip
-    # A bundle of an earlier release has other names.
-    encodings = {new: kind for name, kind in encodings.items() for new in names_today(name)}
+    encodings = plan_today(encodings)
     sparse = any(
         mask is not None and not bool(mask[1:].all())
         for mask in jax.tree.leaves(masks, is_leaf=lambda m: m is None)

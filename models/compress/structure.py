@@ -25,7 +25,7 @@ from models.dataset import sample, windows
 from models.evaluate import accuracy, ranks
 from models.export import export, read_params
 from models.family import Params, Shape, param_score
-from models.graph import names_today
+from models.graph import plan_today
 
 #: Windows whose gradients estimate importance.
 _WINDOWS = 256
@@ -140,12 +140,8 @@ def rebuilt(draft: Draft, params: Params, shape: Shape) -> Draft:
     manifest = msgspec.structs.replace(
         draft.manifest, max_length=shape.length, inputs=graph_inputs(model), any_length=True
     )
-    encodings = {
-        new: kind
-        for name, kind in draft.encodings.items()
-        for new in names_today(name)
-        if new in names
-    }
+    plan = plan_today(draft.encodings)
+    encodings = {name: kind for name, kind in plan.items() if name in names}
     return replace(draft, model=model, manifest=manifest, encodings=encodings)
 
 

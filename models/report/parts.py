@@ -7,12 +7,13 @@ from pathlib import Path
 
 import onnx
 
+from models.graph import ATTENTION_WEIGHTS
 from worker.manifest import ITEMS_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
 
 #: Parts by names of weights, as our exports give them; compression keeps them as prefixes.
 _PATTERNS = {
     "item table": re.compile(r"item_(?!indexes)"),
-    "attention": re.compile(r"block\d+_(qkv|query|key|value|key_value|out)_"),
+    "attention": re.compile(rf"block\d+_({'|'.join(ATTENTION_WEIGHTS)})_"),
     "recurrence": re.compile(r"block\d+_(drive|read)_"),
     "feed-forward": re.compile(r"block\d+_(up|down)_"),
 }
