@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from tests.conftest import ITEMS, tiny_bundle
 from tests.unit.serving import WritesAtOnce, total
+from worker.bundle import open_bundle
 from worker.cache import Position, Refused, UserKey
 from worker.events import Records, Surface
 from worker.history import History
 from worker.metrics import Metrics
+from worker.models import Serving
 from worker.processor import Processor
 from worker.rules import Rules
 from worker.settings import load_settings
@@ -100,6 +104,24 @@ def test_after_a_rebalance_histories_are_read_again(processor: Processor, redis:
     processor.forget()
     processor.process([records(view("p3"), first=2)])
     assert redis.reads == 2
+
+
+def test_ids_in_histories_are_the_model_s_own_strings(redis: FakeRedis, tmp_path: Path) -> None:
+    bundle = open_bundle(tiny_bundle(tmp_path / "v1"))
+    serving = Serving(Surface.POSTS, bundle)
+    processor = Processor(
+        load_settings(require_user_key=False, cold_items_max=0),
+        cache=cast(Any, redis),
+        models=cast(Any, SimpleNamespace(serving={Surface.POSTS: serving}.get)),
+        rules=Rules(),
+        metrics=Metrics(),
+    )
+    # One that the window is made anew for, and one that is put at its end.
+    for offset, item in enumerate((ITEMS[0], ITEMS[1], "unknown")):
+        processor.process([records(view(item), first=offset)])
+    kept = processor._histories.loaded([ANN])[ANN].items
+    assert kept == (ITEMS[0], ITEMS[1], "unknown")
+    assert [one is own for one, own in zip(kept[:2], bundle.items[:2], strict=True)] == [True, True]
 
 
 def test_what_redis_does_not_take_is_held_back_and_written_later(
